@@ -1,0 +1,184 @@
+"""The request of a run as typed values: every key, its default, what it changes, and what it accepts.
+
+This module owns the schema. YAML under `conf/` only supplies values, Hydra only composes them (see `compose.py`), and the
+data plane reads the frozen result from the manifest: so nothing here knows Hydra, torch or SLURM. Each key is classed as
+RESULT (it changes completions), SCHEMA (it changes output columns) or THROUGHPUT (it changes neither, so a run may be
+resumed with another value). RESULT and SCHEMA keys make the run's fingerprint. `model.path` and `input.paths` say where
+content lies; the content itself is fingerprinted, so a run survives a move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+RESULT, SCHEMA, THROUGHPUT = "result", "schema", "throughput"
+
+
+class ConfigError(ValueError):
+    """The request is wrong: one sentence naming the field, its value and what is valid. The command line exits with 2."""
+
+
+def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
+    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works so far)."""
+    metadata = {"kind": kind, "help": help, **checks}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, in which arithmetic."""
+
+    path: str | None = _key(None, THROUGHPUT, "checkpoint folder in Hugging Face form (its content is fingerprinted)")
+    dtype: str = _key("auto", RESULT, "arithmetic; auto: the checkpoint's (float32 on a CPU)",
+                      choices=("auto", "bfloat16", "float16", "float32", "float64"))
+    max_model_len: int | None = _key(None, RESULT, "longest prompt + completion in tokens; default: the checkpoint's", minimum=2)
+    chat_template: str | None = _key(None, RESULT, "jinja2 text or a file that replaces the checkpoint's chat template")
+    load_format: str = _key("safetensors", RESULT, "random: seeded weights of the right shapes, no checkpoint",
+                            choices=("safetensors", "random"))
+    architecture: dict[str, Any] = _key({}, RESULT, "fields of a Hugging Face config.json; a checkpoint's own config wins")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """A hardware tier: what one node has, and what SLURM and NCCL must be told for it."""
+
+    gpu: str | None = _key(None, THROUGHPUT, "GPU name from hardware.GPUS; null: processes on the CPU; auto: this host's")
+    gpus_per_node: int = _key(1, THROUGHPUT, "GPUs of a node (processes, when gpu is null)", minimum=1)
+    tensor_parallel: int | str = _key("auto", THROUGHPUT, "ranks of one replica: a number, or auto")
+    nodes_per_replica: int = _key(1, THROUGHPUT, "nodes that one replica spans", minimum=1, only=1)
+    interconnect: str | None = _key(None, THROUGHPUT, "nvlink, pcie or null", choices=("nvlink", "pcie", None))
+    cpus_per_gpu: int | None = _key(None, THROUGHPUT, "CPU cores for each rank; default: this host's cores shared out", minimum=1)
+    mem_gb: int | None = _key(None, THROUGHPUT, "host memory to ask SLURM for, per node", minimum=1)
+    modules: list[str] = _key([], THROUGHPUT, "environment modules to load in a SLURM job")
+    env: dict[str, Any] = _key({}, THROUGHPUT, "environment variables for every rank (NCCL and others)")
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Which rows, and how a row becomes a prompt."""
+
+    paths: list[str] = _key([], THROUGHPUT, "Parquet files, folders or globs (their content is fingerprinted)")
+    prompt_column: str | None = _key(None, RESULT, "column of prompt text")
+    messages_column: str | None = _key(None, RESULT, "column of chat messages: list of structs, or JSON text")
+    token_ids_column: str | None = _key(None, RESULT, "column of token ids: list of integers, taken as they are")
+    prompt_template: str | None = _key(None, RESULT, "jinja2 text over the row's columns that makes the prompt")
+    system_prompt: str | None = _key(None, RESULT, "system message put before every chat that has none")
+    apply_chat_template: bool = _key(False, RESULT, "render a plain prompt as one user message")
+    chat_template_kwargs: dict[str, Any] = _key({}, RESULT, "extra variables for the chat template")
+    sampling_column: str | None = _key(None, RESULT, "column (struct or JSON text) whose fields override sampling keys for the row")
+    rows_per_unit: int = _key(1024, THROUGHPUT, "rows claimed, committed and retried together; frozen with the plan", minimum=1)
+    limit: int | None = _key(None, RESULT, "run only the first so many rows", minimum=1)
+    too_long: str = _key("error", RESULT, "what to do with a prompt that leaves no room for a token",
+                         choices=("error", "truncate_left", "truncate_right"))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen; `input.sampling_column` overrides these for single rows."""
+
+    temperature: float = _key(0.0, RESULT, "0 is greedy", minimum=0)
+    top_p: float = _key(1.0, RESULT, "smallest set of tokens with this probability", above=0, maximum=1)
+    top_k: int = _key(0, RESULT, "the k likeliest tokens; 0: all", minimum=0)
+    min_p: float = _key(0.0, RESULT, "tokens of at least this share of the likeliest one's probability", minimum=0, maximum=1)
+    max_tokens: int = _key(128, RESULT, "tokens to generate at most, cut to what max_model_len leaves", minimum=1)
+    min_tokens: int = _key(0, RESULT, "tokens before any stop is looked at", minimum=0)
+    stop: list[str] = _key([], RESULT, "strings that end a completion; they are not part of it")
+    stop_token_ids: list[int] = _key([], RESULT, "token ids that end a completion, beside the model's own")
+    ignore_eos: bool = _key(False, RESULT, "go on past the model's end-of-sequence token")
+    seed: int | None = _key(None, RESULT, "default: the run's seed")
+    n: int = _key(1, RESULT, "samples a row", minimum=1, only=1)
+    repetition_penalty: float = _key(1.0, RESULT, "divides the logits of tokens seen before", above=0, only=1.0)
+    presence_penalty: float = _key(0.0, RESULT, "subtracted once from the logits of generated tokens", only=0.0)
+    frequency_penalty: float = _key(0.0, RESULT, "subtracted per occurrence from the logits of generated tokens", only=0.0)
+    logprobs: int | None = _key(None, SCHEMA, "log-probabilities of the chosen and the k likeliest tokens", minimum=0, only=None)
+    prompt_logprobs: int | None = _key(None, SCHEMA, "the same for the prompt", minimum=0, only=None)
+    json_schema: str | None = _key(None, RESULT, "JSON schema that the completion must satisfy", only=None)
+    regex: str | None = _key(None, RESULT, "regular expression that the completion must match", only=None)
+    choice: list[str] | None = _key(None, RESULT, "strings of which the completion is one", only=None)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine uses its GPU. None of it changes a completion beyond rounding."""
+
+    block_size: int = _key(16, THROUGHPUT, "tokens in a block of the KV cache", minimum=1)
+    max_num_seqs: int = _key(256, THROUGHPUT, "sequences running at once", minimum=1)
+    max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
+    gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
+    prefix_caching: bool = _key(False, THROUGHPUT, "share the KV of equal prompt beginnings", only=False)
+    cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
+    overlap: bool = _key(False, THROUGHPUT, "prepare the next step on the host while the GPU runs", only=False)
+    attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))
+    stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still for this long has lost its claims", above=0)
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """Where the jobs run."""
+
+    kind: str = _key("auto", THROUGHPUT, "auto, local (submitit on this host), slurm, or inline (this process)",
+                     choices=("auto", "local", "slurm", "inline"))
+    nodes: int = _key(1, THROUGHPUT, "jobs of the array: one node each", minimum=1)
+    timeout_min: int = _key(1440, THROUGHPUT, "time limit of a job in minutes", minimum=1)
+    partition: str | None = _key(None, THROUGHPUT, "SLURM partition")
+    account: str | None = _key(None, THROUGHPUT, "SLURM account")
+    qos: str | None = _key(None, THROUGHPUT, "SLURM quality of service")
+    constraint: str | None = _key(None, THROUGHPUT, "SLURM node features")
+    reservation: str | None = _key(None, THROUGHPUT, "SLURM reservation")
+    array_parallelism: int | None = _key(None, THROUGHPUT, "jobs of the array that run at once; default: all", minimum=1)
+    setup: list[str] = _key([], THROUGHPUT, "shell lines to run on the node before the job")
+    signal_delay_s: int = _key(120, THROUGHPUT, "seconds of warning before the time limit", minimum=1)
+    max_requeues: int = _key(10, THROUGHPUT, "how often a job may be put back into the queue after a time-out", minimum=0)
+    wait: bool = _key(True, THROUGHPUT, "stay and show the progress; false: submit and return")
+    extra: dict[str, Any] = _key({}, THROUGHPUT, "further sbatch options, by their long names")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a row of output carries and where it goes."""
+
+    dir: str | None = _key(None, THROUGHPUT, "run directory; default: outputs/<run_name>")
+    keep_columns: list[str] | str = _key("all", SCHEMA, "input columns to carry over: all, none or a list")
+    token_ids: bool = _key(False, SCHEMA, "add the completion's token ids")
+    prefix: str = _key("", SCHEMA, "put before our column names")
+    compression: str = _key("zstd", THROUGHPUT, "Parquet compression", choices=("zstd", "snappy", "gzip", "lz4", "none"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One request, complete and checked. Built by `from_dict`, frozen into the manifest by `to_dict`."""
+
+    run_name: str | None = _key(None, THROUGHPUT, "name of the run; default: <model>-<fingerprint>")
+    seed: int = _key(0, RESULT, "seed of every random choice")
+    stats_every: int = _key(1, THROUGHPUT, "write batch statistics of every so many steps as one row", minimum=1)
+    max_error_fraction: float = _key(1.0, THROUGHPUT, "a larger share of error rows makes the run exit with 1", minimum=0, maximum=1)
+    verbose: bool = _key(False, THROUGHPUT, "show what the replicas log")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hw: HardwareConfig = field(default_factory=HardwareConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, nested as the YAML is: `from_dict(config.to_dict()) == config`."""
+        return dataclasses.asdict(self)
+
+
+def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every key of the schema as (dotted name, dataclass field)."""
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from leaves(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f

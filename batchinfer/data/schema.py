@@ -1,0 +1,101 @@
+"""Facts about files: names and types of the output columns, what a unit's footer says, and which error codes exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+FOOTER_KEY = b"batchinfer"  # one JSON object (`UnitFooter`) in the key-value metadata of every completions file
+
+# Our columns, in the order in which they follow the kept input columns. `token_ids` is written only when asked for.
+OUTPUT_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("shard", pa.string(), nullable=False),
+    pa.field("row", pa.int64(), nullable=False),
+    pa.field("sample", pa.int32(), nullable=False),
+    pa.field("completion", pa.string()),
+    pa.field("token_ids", pa.list_(pa.int32())),
+    pa.field("finish_reason", pa.string(), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+    pa.field("num_completion_tokens", pa.int32(), nullable=False),
+    pa.field("ttft_s", pa.float64()),
+    pa.field("latency_s", pa.float64()),
+    pa.field("replica", pa.string(), nullable=False),
+    pa.field("step_first", pa.int64()),
+    pa.field("step_last", pa.int64()),
+)
+
+# Why a row has no completion. A bad row is a row: finish_reason "error", one of these codes, and a sentence.
+ERROR_CODES = (
+    "null_prompt",  # the prompt, messages or token-id value is null
+    "empty_prompt",  # no token at all, and the tokenizer has no token to begin with
+    "prompt_too_long",
+    "template_error",  # prompt_template or the chat template raised
+    "bad_messages",  # not a list of {role, content}, or JSON text that is not
+    "bad_token_ids",  # outside the vocabulary
+    "bad_sampling",  # input.sampling_column: unknown key or value out of range
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input Parquet file. `path` is relative to the input root, with forward slashes."""
+
+    path: str
+    size: int
+    num_rows: int
+    footer: str  # hex digest of the file's Parquet footer bytes: cheap evidence that the content is the same
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows start (inclusive) to stop (exclusive) of shard number `shard`."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+Unit = tuple[RowRange, ...]
+
+
+def num_rows(unit: Unit) -> int:
+    return sum(r.stop - r.start for r in unit)
+
+
+@dataclass(frozen=True)
+class UnitFooter:
+    """What a completions file says of itself; enough for `status` and `report` without reading a row."""
+
+    schema_version: int
+    unit: int
+    generation: int
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    errors: dict[str, int]  # by code
+    content_hash: str  # over the logical rows written
+    input_hash: str  # over the logical rows read
+    replica: str
+    versions: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What became of one row; the writer turns a unit's worth of these into columns."""
+
+    num_prompt_tokens: int = 0
+    completion: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "error"
+    error: str | None = None
+    error_message: str | None = None
+    ttft_s: float | None = None
+    latency_s: float | None = None
+    step_first: int | None = None
+    step_last: int | None = None
+    sample: int = 0

@@ -1,0 +1,111 @@
+"""What the engine is asked and what it answers: plain values, no torch, no Parquet.
+
+A `Request` goes in by `Engine.add`, is scheduled as a `Sequence`, and comes back as `TokenOutput`s. `StepStats` is one
+engine step in numbers.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence's tokens are chosen. `temperature` 0 is greedy. Stop *strings* are the pipeline's business."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 128
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to complete. `seed` (64 bit, unsigned) alone decides its random draws."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request while the engine works on it.
+
+    `token_ids` is the prompt followed by the generated tokens. `num_computed_tokens` of them have their keys and values
+    in the blocks of `block_table`; preemption sets it back to 0 and keeps the tokens.
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_prompt_tokens: int
+    status: SequenceStatus = SequenceStatus.WAITING
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    num_prefilled_tokens: int = 0  # high-water mark: what lies below it is recomputed after a preemption
+    admitted_s: float = 0.0  # monotonic clock, when Engine.add was called
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @classmethod
+    def from_request(cls, request: Request, now: float) -> Sequence:
+        return cls(request, list(request.prompt_token_ids), len(request.prompt_token_ids), admitted_s=now)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop` or `length`.
+
+    The token that stopped it (an end-of-sequence or stop token id) is the last of `token_ids` and is counted.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    finish_reason: str | None
+    ttft_s: float | None  # set with the first token: seconds since admission
+    latency_s: float | None  # set when finished: seconds since admission
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One engine step in numbers. Latencies are lists of seconds, reduced to percentiles where they are recorded."""
+
+    step: int
+    started: float  # seconds since the Unix epoch
+    duration_s: float = 0.0
+    prefill_seqs: int = 0
+    decode_seqs: int = 0
+    prefill_tokens: int = 0  # prompt tokens computed for the first time
+    recomputed_tokens: int = 0  # tokens computed again after a preemption
+    decode_tokens: int = 0  # completion tokens that came out of this step
+    running: int = 0
+    waiting: int = 0
+    preempted: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_hit_tokens: int = 0
+    graph: bool = False
+    ttft_s: list[float] = field(default_factory=list)
+    inter_token_s: list[float] = field(default_factory=list)
