@@ -1,0 +1,135 @@
+"""`python -m batchinfer.worker RUN_DIR [--replica NAME] [--submission N]`: one rank of one replica, started by torchrun.
+
+Rank 0 owns claims, rows, tokenizer, scheduler and commits; the other ranks only follow its batches. The worker knows
+neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do, or it was asked to stop
+(SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, with one sentence as the last line of stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from batchinfer.config import Config, ConfigError, from_dict
+from batchinfer.engine.engine import Engine, build_engine
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.process import die_with_parent
+from batchinfer.job.rundir import RunDir
+from batchinfer.model.config import load_shape
+from batchinfer.model.parallel import TensorParallel, init_distributed
+from batchinfer.stats import GpuSampler, StepRecorder
+from batchinfer.worker.progress import Progress
+from batchinfer.worker.replica import Replica, process_age
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    run_dir: RunDir
+    replica: str | None
+    submission: int | None
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    parser = argparse.ArgumentParser(prog="python -m batchinfer.worker", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--replica", help="name of the replica, its folder made already; default: a new one")
+    parser.add_argument("--submission", type=int, help="the submission whose settings to use; default: those of the manifest")
+    parsed = parser.parse_args(argv)
+    return Arguments(RunDir(parsed.run_dir), parsed.replica, parsed.submission)
+
+
+def effective_config(arguments: Arguments, manifest: Manifest) -> Config:
+    """The frozen request with what this submission changed of hardware, engine and paths."""
+    if arguments.submission is None:
+        return manifest.config
+    record = json.loads(arguments.run_dir.submission_json(arguments.submission).read_text())
+    return from_dict(record["config"])
+
+
+def choose_device(config: Config) -> torch.device:
+    """The rank's own GPU where the tier has GPUs, else the CPU."""
+    if config.hw.gpu is None or (config.hw.gpu == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"hw.gpu={config.hw.gpu} but PyTorch {torch.__version__} sees no GPU here; choose hw=cpu or mend the driver")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, device: torch.device) -> None:
+    """Rank 0: from an empty process to the last commit."""
+    name = arguments.replica or arguments.run_dir.new_replica("hand")
+    progress = Progress(arguments.run_dir, name)
+    progress.phases["import"] = process_age()
+    progress.start()
+    try:
+        progress.enter("loading")
+        shape = load_shape(config.model)
+        engine = build_engine(config, shape, parallel, device)
+        progress.phases |= engine.phases | {"ready": process_age()}
+        recorder = StepRecorder(arguments.run_dir, name, config.stats_every, GpuSampler.for_device(device.index))
+        try:
+            complete = work(arguments, manifest, config, name, engine, recorder, progress, shape.vocab_size)
+        finally:
+            engine.close()
+        progress.enter("done" if complete else "stopped")
+    except BaseException as error:
+        progress.enter("failed", error=sentence(error))
+        raise
+    finally:
+        progress.close()
+
+
+def work(arguments: Arguments, manifest: Manifest, config: Config, name: str, engine: Engine, recorder: StepRecorder,
+         progress: Progress, vocab_size: int) -> bool:
+    replica = Replica(arguments.run_dir, manifest, config, name, arguments.submission, engine, recorder, progress,
+                      engine.max_model_len, vocab_size)  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: replica.stop())
+    return replica.run()
+
+
+def sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+
+
+def main(argv: list[str]) -> int:
+    # SLURM's warning signal reaches every descendant of a job and by default kills; this process is told by its parent.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    die_with_parent()
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ.get('RANK', '0')} %(name)s: %(message)s")
+    try:
+        manifest = Manifest.load(arguments.run_dir)
+        config = effective_config(arguments, manifest)
+        device = choose_device(config)
+        parallel = init_distributed(device)
+        if parallel.rank == 0:
+            lead(arguments, manifest, config, parallel, device)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when to stop: a lone follower's exit would look like a crash
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            build_engine(config, load_shape(config.model), parallel, device)
+        parallel.close()
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        print(f"batchinfer: {sentence(error)}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,275 @@
+"""Rows in, rows out: what happens to a row on either side of the engine.
+
+`RequestSource` owns the way in: a thread that claims units, reads their rows, renders and tokenises them, and keeps a
+bounded window of them ready. `CompletionSink` owns the way out: it gathers results by unit and commits every finished unit
+in the background. Neither knows how tokens are made, and a batch never drains at the border of a unit.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from batchinfer.config import Config
+from batchinfer.data.prompts import PreparedRow, PromptBuilder
+from batchinfer.data.reader import UnitReader
+from batchinfer.data.schema import SCHEMA_VERSION, RowResult, UnitFooter, num_rows
+from batchinfer.data.tokenizer import StopChecker, Tokenizer
+from batchinfer.data.writer import commit_unit, logical_hash, output_schema, unit_table
+from batchinfer.engine.sequence import Request, TokenOutput
+from batchinfer.job.claims import ClaimBoard
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.rundir import RunDir
+from batchinfer.publish import Published
+
+log = logging.getLogger(__name__)
+
+PREPARE_ROWS = 128  # rows rendered and tokenised in one call: enough to parallelise, little enough to start soon
+CLAIM_INTERVAL_S = 1.0  # how often a replica with nothing to do looks for a unit that has become free
+MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system before the engine does
+
+
+@dataclass(slots=True)
+class OpenUnit:
+    """A claimed unit until its commit: the input rows to carry over, and a place for the result of each row."""
+
+    number: int
+    keys: list[tuple[str, int]]
+    inputs: pa.Table
+    input_hash: str
+    results: list[RowResult | None]
+    remaining: int
+
+
+@dataclass(slots=True)
+class PendingRow:
+    """One prepared row on its way to the engine."""
+
+    unit: OpenUnit
+    index: int
+    prepared: PreparedRow
+
+
+class RequestSource:
+    """Claims, reads and prepares rows in a thread of its own; `take` hands them over without ever waiting.
+
+    At most `window` prepared rows lie ready, so host memory does not grow with the input. An exception in the thread is
+    raised again by `take`.
+    """
+
+    def __init__(self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int):
+        self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
+        self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self.finished = False  # every unit of the run is committed, by whomever
+        self._thread = threading.Thread(target=self._run, name="request-source", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def take(self) -> PendingRow | None:
+        """The next row, or None when none is ready."""
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._rows.get_nowait()
+        except queue.Empty:
+            return None
+
+    def stop(self) -> None:
+        """Claims nothing further; returns when the thread has ended. Rows not yet taken are left to the claims' release."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set() and not self.finished:
+                number = self._board.claim()
+                if number is not None:
+                    self._prepare(number)
+                elif self._board.finished():
+                    self.finished = True
+                else:
+                    self._stop.wait(CLAIM_INTERVAL_S)
+        except BaseException as error:
+            self._error = error
+
+    def _prepare(self, number: int) -> None:
+        unit = self._manifest.units[number]
+        table = self._reader.read(unit)
+        shards = self._manifest.shards
+        keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
+        rows = num_rows(unit)
+        kept = table.select(self._manifest.columns)
+        opened = OpenUnit(number, keys, kept, logical_hash(table), [None] * rows, rows)
+        for start in range(0, rows, PREPARE_ROWS):
+            stop = min(start + PREPARE_ROWS, rows)
+            for index, prepared in enumerate(self._builder.prepare(table.slice(start, stop - start), keys[start:stop]), start):
+                if not self._put(PendingRow(opened, index, prepared)):
+                    return
+
+    def _put(self, row: PendingRow) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._rows.put(row, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+@dataclass(slots=True)
+class RunningRow:
+    """A row inside the engine."""
+
+    unit: OpenUnit
+    index: int
+    result: RowResult
+    admitted_s: float
+    checker: StopChecker | None
+
+
+@dataclass
+class Totals:
+    """What this replica has done so far, for its progress file."""
+
+    rows_done: int = 0
+    rows_committed: int = 0
+    units_committed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+class CompletionSink:
+    """Gathers the results of rows and commits every unit whose rows are all there.
+
+    Decoding, building the table and the commit itself run in one background thread; `before_commit` is called there first
+    (statistics are flushed, the weights' hash is awaited), so that a committed row never points at something lost.
+    """
+
+    def __init__(self, run_dir: RunDir, manifest: Manifest, config: Config, replica: str, tokenizer: Tokenizer | None,
+                 input_schema: pa.Schema, before_commit: Callable[[], None]):
+        self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
+        self._tokenizer, self._before_commit = tokenizer, before_commit
+        self._schema = output_schema(input_schema, manifest.columns, config.output)
+        self._running: dict[int, RunningRow] = {}
+        self._open: dict[int, OpenUnit] = {}
+        self._next_id = 0
+        self._commits: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.totals = Totals()
+
+    def admit(self, row: PendingRow) -> Request | None:
+        """Registers a row. Returns what the engine is to do, or None when the row is an error already."""
+        self._open.setdefault(row.unit.number, row.unit)
+        prepared = row.prepared
+        result = RowResult(num_prompt_tokens=prepared.num_prompt_tokens)
+        if prepared.error is not None or prepared.token_ids is None or prepared.sampling is None:
+            result.error, result.error_message = prepared.error, prepared.error_message
+            self._finish(row.unit, row.index, result)
+            return None
+        self._next_id += 1
+        checker = None
+        if prepared.sampling.stop and self._tokenizer is not None:
+            checker = StopChecker(prepared.sampling.stop, self._tokenizer.incremental_decoder(), prepared.sampling.min_tokens)
+        self._running[self._next_id] = RunningRow(row.unit, row.index, result, time.monotonic(), checker)
+        return Request(self._next_id, prepared.token_ids, prepared.sampling, prepared.seed)
+
+    def accept(self, outputs: list[TokenOutput], step: int) -> list[int]:
+        """Takes a step's tokens. Returns the requests to abort: those that a stop string has ended."""
+        stopped = []
+        for output in outputs:
+            row = self._running[output.request_id]
+            result = row.result
+            if result.step_first is None:
+                result.step_first, result.ttft_s = step, output.ttft_s
+            result.token_ids.extend(output.token_ids)
+            text = row.checker.push(output.token_ids) if row.checker else None
+            if text is None and output.finish_reason is None:
+                continue
+            if text is not None and output.finish_reason is None:
+                stopped.append(output.request_id)
+            result.step_last, result.completion = step, text
+            result.finish_reason = "stop" if text is not None else str(output.finish_reason)
+            result.latency_s = time.monotonic() - row.admitted_s
+            del self._running[output.request_id]
+            self._finish(row.unit, row.index, result)
+        return stopped
+
+    @property
+    def idle(self) -> bool:
+        """No row is running and no unit is open or waits for its commit."""
+        self._reap(wait=False)
+        return not self._running and not self._open and not self._commits
+
+    def close(self) -> list[int]:
+        """Ends the pending commits. Returns the numbers of the units that stay unfinished."""
+        self._reap(wait=True)
+        self._thread.shutdown()
+        return sorted(self._open)
+
+    def _finish(self, unit: OpenUnit, index: int, result: RowResult) -> None:
+        unit.results[index] = result
+        unit.remaining -= 1
+        self._count(result)
+        if unit.remaining == 0:
+            del self._open[unit.number]
+            self._reap(wait=len(self._commits) >= MAX_PENDING_COMMITS)
+            self._commits.append(self._thread.submit(self._commit, unit))
+
+    def _count(self, result: RowResult) -> None:
+        totals = self.totals
+        totals.rows_done += 1
+        totals.prompt_tokens += 0 if result.error else result.num_prompt_tokens
+        totals.completion_tokens += len(result.token_ids)
+        if result.error:
+            totals.errors[result.error] = totals.errors.get(result.error, 0) + 1
+
+    def _reap(self, wait: bool) -> None:
+        """Raises what a commit raised; forgets the commits that have ended."""
+        pending = []
+        for commit in self._commits:
+            if wait or commit.done():
+                commit.result()
+            else:
+                pending.append(commit)
+        self._commits = pending
+
+    def _commit(self, unit: OpenUnit) -> None:
+        results = [result for result in unit.results if result is not None]
+        for result in self._texts_to_decode(results):
+            result.completion = self._tokenizer.decode(result.token_ids) if self._tokenizer else None
+        table = unit_table(unit.inputs, unit.keys, results, self._config.output, self._replica, self._schema)
+        self._before_commit()
+        outcome = commit_unit(self._run_dir, unit.number, 0, table, self._footer(unit, results, table), self._config.output.compression)
+        if outcome is Published.LOST:
+            log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
+            return
+        self.totals.rows_committed += len(results)
+        self.totals.units_committed += 1
+
+    @staticmethod
+    def _texts_to_decode(results: list[RowResult]) -> Iterator[RowResult]:
+        return (result for result in results if result.error is None and result.completion is None)
+
+    def _footer(self, unit: OpenUnit, results: list[RowResult], table: pa.Table) -> UnitFooter:
+        errors: dict[str, int] = {}
+        for result in results:
+            if result.error:
+                errors[result.error] = errors.get(result.error, 0) + 1
+        return UnitFooter(
+            schema_version=SCHEMA_VERSION, unit=unit.number, generation=0, rows=len(results),
+            prompt_tokens=sum(result.num_prompt_tokens for result in results if not result.error),
+            completion_tokens=sum(len(result.token_ids) for result in results),
+            errors=errors, content_hash=logical_hash(table), input_hash=unit.input_hash, replica=self._replica,
+            versions=self._manifest.versions,
+        )  # fmt: skip

@@ -1,0 +1,178 @@
+"""One replica at work: the loop that joins the source of rows, the engine and the sink, on rank 0.
+
+Phases, as `progress.json` names them: starting, loading, running, waiting (others hold the units that are left), and at the
+end done, stopped (by a signal or `cancel`) or failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from batchinfer.config import Config, ConfigError
+from batchinfer.data.chat import ChatTemplate
+from batchinfer.data.prompts import PromptBuilder, columns_needed
+from batchinfer.data.reader import UnitReader
+from batchinfer.data.tokenizer import Tokenizer
+from batchinfer.engine.engine import Engine
+from batchinfer.job.claims import ClaimBoard, Identity
+from batchinfer.job.manifest import Manifest, check_weights, hash_weights
+from batchinfer.job.rundir import RunDir
+from batchinfer.stats import StepRecorder
+from batchinfer.worker.pipeline import CompletionSink, RequestSource
+from batchinfer.worker.progress import Progress
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.02  # pause of the loop when neither a row nor a token is there
+CANCEL_INTERVAL_S = 2.0
+
+
+class Background:
+    """A function in a thread, whose exception is raised where its end is awaited."""
+
+    def __init__(self, work: Callable[[], None], name: str):
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Replica:
+    """Runs units of one run through one engine until none is left, or until it is told to stop."""
+
+    def __init__(self, run_dir: RunDir, manifest: Manifest, config: Config, name: str, submission: int | None,
+                 engine: Engine, recorder: StepRecorder, progress: Progress, max_model_len: int, vocab_size: int):
+        self._run_dir, self._manifest, self._config, self._submission = run_dir, manifest, config, submission
+        self._engine, self._recorder, self._progress = engine, recorder, progress
+        self._weights = Background(self._check_weights, "weights-hash")
+        self._board = ClaimBoard(run_dir, len(manifest.units), Identity.here(name), config.engine.stall_timeout_s)
+        columns = list(dict.fromkeys([*manifest.columns, *columns_needed(config.input)]))
+        reader = UnitReader(Path(manifest.input_root), manifest.shards, columns)
+        tokenizer = Tokenizer.load(Path(config.model.path)) if has_tokenizer(config) else None
+        template = ChatTemplate.load(config.model) if config.model.path or config.model.chat_template else None
+        builder = PromptBuilder(config, tokenizer, template, max_model_len, vocab_size)
+        self._source = RequestSource(manifest, self._board, reader, builder, window=2 * config.engine.max_num_seqs)
+        self._sink = CompletionSink(run_dir, manifest, config, name, tokenizer, input_schema(manifest), self._before_commit)
+        self._stopping = threading.Event()
+        self._looked_for_cancel = time.monotonic()
+
+    def stop(self) -> None:
+        """Asks the loop to end after the step in hand. Safe in a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> bool:
+        """True when every unit of the run is committed, False when stopped before."""
+        self._progress.watch(self._gauges)
+        self._progress.enter("running")
+        self._source.start()
+        try:
+            while not self._stopping.is_set() and not self._finished():
+                self._turn()
+            return not self._stopping.is_set()
+        finally:
+            self._wind_up()
+
+    def _turn(self) -> None:
+        """One pass: admit what is ready, do one step, hand on what came out of it."""
+        self._progress.tick()
+        self._look_for_cancel()
+        self._admit()
+        if not self._engine.has_work():
+            self._progress.enter("running" if not self._sink.idle else "waiting")
+            time.sleep(IDLE_S)
+            return
+        self._progress.enter("running")
+        outputs, stats = self._engine.step()
+        self._recorder.record(stats)
+        for request_id in self._sink.accept(outputs, stats.step):
+            self._engine.abort(request_id)
+        if "first_token" not in self._progress.phases and outputs:
+            self._progress.phases["first_token"] = process_age()
+
+    def _admit(self) -> None:
+        """Keeps a few sequences waiting in the engine, so that its scheduler can fill every step."""
+        ahead = max(8, self._config.engine.max_num_seqs // 4)
+        while self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
+            request = self._sink.admit(row)
+            if request is not None:
+                self._engine.add(request)
+
+    def _finished(self) -> bool:
+        return self._source.finished and not self._engine.has_work() and self._sink.idle
+
+    def _look_for_cancel(self) -> None:
+        now = time.monotonic()
+        if self._submission is not None and now - self._looked_for_cancel > CANCEL_INTERVAL_S:
+            self._looked_for_cancel = now
+            if self._run_dir.is_cancelled(self._submission):
+                log.info("the run was cancelled")
+                self.stop()
+
+    def _wind_up(self) -> None:
+        """Leaves nothing behind that another replica would have to wait for: commits end, open claims are given back."""
+        self._source.stop()
+        self._sink.close()
+        self._recorder.flush()
+        for unit in self._board.held():
+            self._board.release(unit)
+
+    def _before_commit(self) -> None:
+        self._weights.join()
+        self._recorder.flush()
+        self._progress.tick()
+
+    def _check_weights(self) -> None:
+        if self._config.model.load_format == "safetensors" and self._config.model.path:
+            check_weights(self._run_dir, hash_weights(Path(self._config.model.path)))
+
+    def _gauges(self) -> dict[str, Any]:
+        totals, engine = self._sink.totals, self._engine
+        used, total = engine.kv_blocks
+        return {
+            "rows_done": totals.rows_done, "rows_committed": totals.rows_committed, "units_committed": totals.units_committed,
+            "prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens, "errors": dict(totals.errors),
+            "running": engine.num_running, "waiting": engine.num_waiting, "kv_used": used, "kv_total": total,
+        }  # fmt: skip
+
+
+def has_tokenizer(config: Config) -> bool:
+    """Random weights may come without a checkpoint folder; then only token ids can go in, and only token ids come out."""
+    if config.model.path is not None and (Path(config.model.path) / "tokenizer.json").exists():
+        return True
+    if config.input.token_ids_column is not None and config.output.token_ids:
+        return False
+    raise ConfigError(
+        f"model.path={config.model.path} has no tokenizer.json; give a folder that has one, or run on input.token_ids_column "
+        "with output.token_ids=true"
+    )
+
+
+def input_schema(manifest: Manifest) -> Any:
+    """Arrow schema of the input shards, from the first one's footer."""
+    return pq.read_schema(Path(manifest.input_root) / manifest.shards[0].path)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, imports included."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        started = int(stat.read().rpartition(")")[2].split()[19])
+        return round(float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK"), 3)
