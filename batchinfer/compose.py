@@ -92,7 +92,7 @@ def expand_multirun(overrides: Sequence[str]) -> list[list[str]]:
                         for i, (combination, config) in enumerate(zip(combinations, configs, strict=True))]
         configs = [compose(combination) for combination in combinations]
     if len({config.output.dir for config in configs}) < len(configs):
-        raise ConfigError(f"{show('output.dir', configs[0].output.dir)}: every combination of --multirun needs a folder of its own; "
+        raise ConfigError(f"{show('output.dir', configs[0].output.dir)}: each combination of --multirun needs its own folder; "
                           "leave output.dir out and set run_name")
     return combinations
 
@@ -161,15 +161,17 @@ def _compose_raw(parsed: Sequence[Override]) -> tuple[dict[str, Any], dict[str, 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    raw: Any
     lines = [_forced(override) for override in parsed]
     try:
         with _hydra():
             composed = hydra_compose("config", lines, return_hydra_config=True)
             choices = dict(composed.hydra.runtime.choices)
-            plain = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-            return OmegaConf.to_container(plain, resolve=True, throw_on_missing=True), choices  # type: ignore[return-value]
+            plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            raw = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(lines) or 'conf'}: {' '.join(str(error).split())}") from None
+    return raw, choices
 
 
 def _forced(override: Override) -> str:
