@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, HardwareConfig
@@ -110,12 +109,12 @@ def freeze(config: Config) -> RunDir:
 def _same_units(config: Config, manifest: Manifest) -> None:
     frozen = manifest.config.input.rows_per_unit
     if config.input.rows_per_unit != frozen:
-        raise ConfigError(f"input.rows_per_unit={config.input.rows_per_unit}: must stay {frozen}, with which this run's units were cut")
+        raise ConfigError(f"input.rows_per_unit={config.input.rows_per_unit}: must stay {frozen}, as this run's units were cut")
 
 
 @dataclass(frozen=True)
 class TokenEstimate:
-    """Prompt tokens of a whole input, from `sampled` of its rows; `counted` by the tokenizer, else guessed from the text's length."""
+    """Prompt tokens of a whole input, from `sampled` of its rows; `counted` by the tokenizer, else guessed from their bytes."""
 
     total: int
     sampled: int
@@ -132,7 +131,7 @@ def estimate_prompt_tokens(config: Config, inputs: InputSet, units: Sequence[Uni
     table = pa.concat_tables([reader.read((place,)) for place in places])
     keys = [(inputs.shards[place.shard].path, row) for place in places for row in range(place.start, place.stop)]
     counted = _count_tokens(config, fitted, table, keys)
-    tokens = _guess_tokens(table) if counted is None else counted
+    tokens = table.nbytes // BYTES_PER_TOKEN if counted is None else counted
     total = sum(num_rows(unit) for unit in units)
     return TokenEstimate(round(tokens / len(keys) * total), len(keys), counted is not None)
 
@@ -152,13 +151,6 @@ def _count_tokens(config: Config, fitted: Fit, table: pa.Table, keys: Sequence[t
     template = None if tokens_given or path is None else ChatTemplate.load(path, config.model.chat_template)
     builder = PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
     return sum(row.num_prompt_tokens for row in builder.prepare(table, keys))
-
-
-def _guess_tokens(table: pa.Table) -> int:
-    """From the size of the text in the prompt's columns."""
-    return int(sum(pc.sum(pc.binary_length(column.cast(pa.string()))).as_py() or 0
-                   for column in table.columns if pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-               ) // BYTES_PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -226,11 +218,11 @@ class PlanReport:
         if seconds is None:
             return []
         gpu_hours = seconds / 3600 * self.config.launcher.nodes * self.fitted.hw.gpus_per_node
-        return [("time", f"at least {seconds / 60:,.1f} minutes, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full-length completions)")]
+        return [("time", f"at least {seconds / 60:,.1f} minutes, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full completions)")]
 
 
 def plan_report(config: Config) -> PlanReport:
-    """Looks at the input and the model and works out the rest. Raises ConfigError for what is wrong, not for what does not fit."""
+    """Looks at the input and the model and works out the rest. Raises ConfigError, but not for what does not fit."""
     inputs = scan_shards(config.input.paths)
     check_columns(inputs.schema, config)
     fitted = fit(config)
