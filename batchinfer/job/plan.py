@@ -83,17 +83,24 @@ def fit(config: Config) -> Fit:
 
 def resolved(config: Config) -> Config:
     """The config of one submission: hardware as facts. Raises ConfigError when the model does not fit."""
+    return replace(config, hw=_fitting(config).hw)
+
+
+def _fitting(config: Config) -> Fit:
     fitted = fit(config)
     if not fitted.memory.fits:
         raise ConfigError(fitted.memory.explain())
-    return replace(config, hw=fitted.hw)
+    return fitted
 
 
 def freeze(config: Config) -> RunDir:
-    """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another."""
+    """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another.
+
+    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates.
+    """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
-    resolved(config)
+    _prompt_builder(config, _fitting(config))
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
     request = request_of(config, inputs.shards, inputs.schema)
     if run_dir.manifest_json.exists():
@@ -123,7 +130,7 @@ class TokenEstimate:
 
 def estimate_prompt_tokens(config: Config, inputs: InputSet, units: Sequence[Unit], fitted: Fit) -> TokenEstimate:
     """Reads a few rows at evenly spaced places and scales their tokens up."""
-    columns = columns_needed(config.input)
+    columns = columns_needed(config.input, inputs.schema)
     places = list(_sample_places(units))
     if not places:
         return TokenEstimate(0, 0, True)
@@ -142,15 +149,18 @@ def _sample_places(units: Sequence[Unit]) -> Iterator[RowRange]:
 
 
 def _count_tokens(config: Config, fitted: Fit, table: pa.Table, keys: Sequence[tuple[str, int]]) -> int | None:
-    """Prompt tokens of the sampled rows as the run will see them; None without a tokenizer."""
-    path = config.model.path
-    if config.input.token_ids_column is None and (path is None or not (Path(path) / "tokenizer.json").is_file()):
+    """Prompt tokens of the sampled rows as the run will see them; None for text without a tokenizer."""
+    if config.model.path is None and config.input.token_ids_column is None:
         return None
-    tokens_given = config.input.token_ids_column is not None
-    tokenizer = None if tokens_given or path is None else Tokenizer.load(path)
-    template = None if tokens_given or path is None else ChatTemplate.load(path, config.model.chat_template)
-    builder = PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
-    return sum(row.num_prompt_tokens for row in builder.prepare(table, keys))
+    return sum(row.num_prompt_tokens for row in _prompt_builder(config, fitted).prepare(table, keys))
+
+
+def _prompt_builder(config: Config, fitted: Fit) -> PromptBuilder:
+    """As a replica will make it. Raises ConfigError for what is missing or malformed."""
+    path = None if config.input.token_ids_column is not None else config.model.path
+    tokenizer = None if path is None else Tokenizer.load(path)
+    template = None if path is None else ChatTemplate.load(path, config.model.chat_template)
+    return PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
 
 
 @dataclass(frozen=True)
