@@ -144,7 +144,8 @@ def estimate_prompt_tokens(config: Config, inputs: InputSet, units: Sequence[Uni
 
 
 def _sample_places(units: Sequence[Unit]) -> Iterator[RowRange]:
-    for unit in units[:: max(1, len(units) // SAMPLE_PLACES)][:SAMPLE_PLACES]:
+    count = min(SAMPLE_PLACES, len(units))
+    for unit in (units[i * len(units) // count] for i in range(count)):
         yield replace(unit[0], stop=min(unit[0].stop, unit[0].start + SAMPLE_ROWS))
 
 
