@@ -125,18 +125,20 @@ class PromptTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
         environment.filters["tojson"] = _tojson
         self._template = _compile(environment, text, "input.prompt_template")
-        self._names = jinja2.meta.find_undeclared_variables(environment.parse(text))
         self._functions = frozenset(environment.globals)
+        bare = jinja2.Environment()
+        bare.globals.clear()  # so that a column may have the name of a function
+        self.names = jinja2.meta.find_undeclared_variables(bare.parse(text))
 
     def columns(self, available: Sequence[str]) -> list[str]:
         """The columns that the template reads, in the order of `available`. Raises ConfigError for a name that is none."""
-        unknown = sorted(self._names - set(available) - self._functions)
+        unknown = sorted(self.names - set(available) - self._functions)
         if unknown:
             raise ConfigError(
                 f"input.prompt_template: uses {', '.join(map(repr, unknown))}, which the input does not have; columns:"
                 f" {', '.join(available)}"
             )
-        return [name for name in available if name in self._names]
+        return [name for name in available if name in self.names]
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row. Raises whatever the template does."""

@@ -22,6 +22,8 @@ from batchinfer.engine.sequence import SamplingParams
 
 __all__ = ["PreparedRow", "PromptBuilder", "check_columns", "columns_needed", "columns_to_read", "row_seed"]
 
+_MESSAGE_LENGTH = 500
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
@@ -87,17 +89,13 @@ class PromptBuilder:
     def prepare(self, table: pa.Table, keys: Sequence[tuple[str, int]]) -> list[PreparedRow]:
         """One PreparedRow for each row of `table`, whose names are `keys` (shard path, row)."""
         values = {name: _python_values(table.column(name)) for name in columns_needed(self._source, table.schema)}
-        drafts = [self._caught(self._draft, {name: values[name][i] for name in values}) for i in range(table.num_rows)]
+        drafts = [self._draft({name: values[name][i] for name in values}) for i in range(table.num_rows)]
         token_ids = self._tokenize([draft.content if isinstance(draft, _Draft) else [] for draft in drafts])
         return [self._prepared(draft, ids, key) for draft, ids, key in zip(drafts, token_ids, keys, strict=True)]
 
-    def _draft(self, row: dict[str, Any]) -> _Draft:
-        return _Draft(self._sampling(row), self._content(row))
-
-    @staticmethod
-    def _caught(step: Any, *args: Any) -> Any:
+    def _draft(self, row: Mapping[str, Any]) -> _Draft | RowError:
         try:
-            return step(*args)
+            return _Draft(self._sampling(row), self._content(row))
         except RowError as error:
             return error
 
@@ -124,7 +122,7 @@ class PromptBuilder:
 
     def _prompt(self, row: Mapping[str, Any]) -> str:
         if self._prompt_template is not None:
-            return _rendered("prompt_template", self._render_prompt, row)
+            return _templated(self._prompt_template, row)
         assert self._source.prompt_column is not None  # check_columns: one source is set
         value = row[self._source.prompt_column]
         if value is None:
@@ -133,21 +131,16 @@ class PromptBuilder:
             raise RowError("bad_prompt", f"the prompt cannot be read: {value.reason}")
         return str(value)
 
-    def _render_prompt(self, row: Mapping[str, Any]) -> str:
-        assert self._prompt_template is not None
-        for name, value in row.items():
-            if isinstance(value, _Unreadable) and name != self._source.sampling_column:
-                raise ValueError(f"column {name!r} cannot be read: {value.reason}")
-        return self._prompt_template.render(row)
-
     def _chat(self, row: Mapping[str, Any]) -> str:
         column = self._source.messages_column
         messages = [{"role": "user", "content": self._prompt(row)}] if column is None else _messages(row[column])
         if self._source.system_prompt is not None and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": self._source.system_prompt}, *messages]
         assert self._chat_template is not None  # __init__
-        kwargs = self._source.chat_template_kwargs
-        return _rendered("the chat template", lambda: self._chat_template.render(messages, **kwargs))  # type: ignore[union-attr]
+        try:
+            return self._chat_template.render(messages, **self._source.chat_template_kwargs)
+        except Exception as error:  # a template may raise anything, and only this row is concerned
+            raise RowError("template_error", f"the chat template failed: {type(error).__name__}: {error}") from error
 
     def _tokenize(self, contents: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of each row, texts in one call. A chat template writes its special tokens itself."""
@@ -158,16 +151,17 @@ class PromptBuilder:
         return [next(encoded) if isinstance(content, str) else content for content in contents]
 
     def _prepared(self, draft: _Draft | RowError, token_ids: list[int], key: tuple[str, int]) -> PreparedRow:
-        seed = row_seed(self._config.seed if self._config.sampling.seed is None else self._config.sampling.seed, *key, 0)
-        if isinstance(draft, _Draft):
-            if draft.sampling.seed is not None:
-                seed = row_seed(draft.sampling.seed, *key, 0)
-            fitted = self._caught(self._fit, token_ids)
-            if not isinstance(fitted, RowError):
-                sampling = to_params(draft.sampling, self._max_model_len - len(fitted), self._vocab_size)
-                return PreparedRow(fitted, sampling, seed, None, None, len(fitted))
-            draft = fitted
-        return PreparedRow(None, None, seed, draft.code, str(draft), 0)
+        try:
+            if isinstance(draft, RowError):
+                raise draft
+            fitted = self._fit(token_ids)
+        except RowError as error:
+            return PreparedRow(None, None, self._seed(self._config.sampling, key), error.code, _plain(str(error)), 0)
+        sampling = to_params(draft.sampling, self._max_model_len - len(fitted), self._vocab_size)
+        return PreparedRow(fitted, sampling, self._seed(draft.sampling, key), None, None, len(fitted))
+
+    def _seed(self, sampling: SamplingConfig, key: tuple[str, int]) -> int:
+        return row_seed(self._config.seed if sampling.seed is None else sampling.seed, *key, 0)
 
     def _fit(self, token_ids: list[int]) -> list[int]:
         """The ids as the model can take them: at least one, in the vocabulary, and with room for one token more."""
@@ -194,6 +188,12 @@ class PromptBuilder:
         raise RowError("empty_prompt", "the prompt has no tokens, and the tokenizer has no bos or eos token to begin with")
 
 
+def _plain(message: str) -> str:
+    """A sentence that Arrow can hold: it may quote a row's text, with anything in it and of any length."""
+    text = message.encode(errors="replace").decode()
+    return text if len(text) <= _MESSAGE_LENGTH else text[:_MESSAGE_LENGTH] + "..."
+
+
 @dataclass(frozen=True, slots=True)
 class _Unreadable:
     """A value that Arrow cannot turn into a Python one, such as text that is not UTF-8."""
@@ -215,13 +215,15 @@ def _python_value(value: pa.Scalar) -> Any:
         return _Unreadable(str(error))
 
 
-def _rendered(what: str, render: Any, *args: Any) -> str:
+def _templated(template: PromptTemplate, row: Mapping[str, Any]) -> str:
+    values = {name: value for name, value in row.items() if name in template.names}
     try:
-        return str(render(*args))
-    except RowError:
-        raise
+        for name, value in values.items():
+            if isinstance(value, _Unreadable):
+                raise ValueError(f"column {name!r} cannot be read: {value.reason}")
+        return template.render(values)
     except Exception as error:  # a template may raise anything, and only this row is concerned
-        raise RowError("template_error", f"{what} failed: {type(error).__name__}: {error}") from error
+        raise RowError("template_error", f"input.prompt_template failed: {type(error).__name__}: {error}") from error
 
 
 def _given_token_ids(value: Any) -> list[int]:

@@ -56,11 +56,9 @@ def scan_shards(paths: Sequence[str]) -> InputSet:
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         scanned = list(pool.map(_scan_file, files))
     root = os.path.commonpath([os.path.dirname(file) for file in files])
-    shards = tuple(
-        Shard(Path(file).relative_to(root).as_posix(), facts.size, facts.num_rows, facts.digest)
-        for file, facts in zip(files, scanned, strict=True)
-    )
-    return InputSet(Path(root), shards, _common_schema([(file, facts.schema) for file, facts in zip(files, scanned, strict=True)]))
+    found = list(zip(files, scanned, strict=True))
+    shards = tuple(Shard(Path(file).relative_to(root).as_posix(), f.size, f.num_rows, f.digest) for file, f in found)
+    return InputSet(Path(root), shards, _common_schema([(file, facts.schema) for file, facts in found]))
 
 
 def _expand(path: str) -> list[str]:
@@ -196,6 +194,7 @@ class _Cursor:
     """An open shard and a position in it: reads forward without decoding any row twice."""
 
     def __init__(self, path: Path, shard: Shard, columns: Sequence[str]) -> None:
+        self.signature = _signature(path)
         _require_unchanged(path, shard)
         self.columns = list(columns)
         self.file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
@@ -232,6 +231,15 @@ class _Cursor:
         """Batches from the beginning of a row group to the end of the file, decoded as they are asked for."""
         for i in range(group, self.file.metadata.num_row_groups):
             yield from self.file.iter_batches(_BATCH_ROWS, row_groups=[i], columns=self.columns, use_threads=False)
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """What tells cheaply that a file may be another one than before; None when there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _require_unchanged(path: Path, shard: Shard) -> None:
@@ -277,7 +285,12 @@ class UnitReader:
             raise RuntimeError(f"{str(path)!r}: {rows} cannot be read: {error or 'the file ends before them'}") from error
 
     def _cursor(self, index: int, path: Path) -> _Cursor:
-        """The open cursor of a shard, checked against the plan when it is opened; the least recently used one is let go."""
+        """The open cursor of a shard; the least recently used one is let go.
+
+        A file is compared with the plan when it is opened, and again when its inode, size or time have changed since.
+        """
+        if index in self._cursors and self._cursors[index].signature != _signature(path):
+            del self._cursors[index]
         if index not in self._cursors:
             self._cursors[index] = _Cursor(path, self._shards[index], self._columns)
         self._cursors.move_to_end(index)

@@ -42,7 +42,7 @@ def _whole(key: str, value: object) -> object:
 def _checked(values: dict[str, Any]) -> SamplingConfig:
     try:
         sampling: SamplingConfig = _build(SamplingConfig, values, "sampling.")
-    except ConfigError as error:
+    except (ConfigError, OverflowError) as error:  # JSON integers have no limit, floats have
         raise BadSampling(str(error)) from error
     if sampling.min_tokens > sampling.max_tokens:
         raise BadSampling(f"sampling.min_tokens={sampling.min_tokens}: must be at most sampling.max_tokens={sampling.max_tokens}")

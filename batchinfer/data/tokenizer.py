@@ -42,7 +42,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"model.path: {str(path)!r} is not a tokenizer that the tokenizers library reads: {error}") from error
+            raise ConfigError(f"model.path: {str(path)!r} is not a tokenizer that `tokenizers` reads: {error}") from error
         return cls(backend, load_special_tokens(folder))
 
     @property

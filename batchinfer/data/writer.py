@@ -12,19 +12,17 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchinfer.config import OutputConfig
 from batchinfer.data.schema import FOOTER_KEY, OUTPUT_FIELDS, SCHEMA_VERSION, RowResult, UnitFooter
+from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish, temporary
-
-if TYPE_CHECKING:
-    from batchinfer.config import OutputConfig
-    from batchinfer.job.rundir import RunDir
 
 
 def our_fields(output: OutputConfig) -> list[pa.Field]:
@@ -96,12 +94,17 @@ def commit_unit(
     final = run_dir.completion(unit, generation)
     tmp = temporary(final)
     try:
-        with pq.ParquetWriter(tmp, table.schema, compression="NONE" if compression == "none" else compression) as writer:
-            writer.write_table(table)
-            writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})
+        with open(tmp, "xb") as file:  # a file, not its name: pyarrow would take some names for URIs
+            _write(file, table, footer, "NONE" if compression == "none" else compression)
         return publish(tmp, final)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _write(file: IO[bytes], table: pa.Table, footer: UnitFooter, codec: str) -> None:
+    with pq.ParquetWriter(file, table.schema, compression=codec) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})
 
 
 def read_footer(path: Path) -> UnitFooter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import itertools
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
 
 ZONED = pa.timestamp("ns", "Europe/Berlin")
+DEEP = pa.list_(pa.struct([("k", pa.list_(pa.binary())), ("t", ZONED)]))
 COLUMNS: dict[str, pa.Array] = {
     "text": pa.array(["a", None, "", "déjà 你好"]),
     "large text": pa.array(["a", None, "", "b" * 99], pa.large_string()),
@@ -46,7 +48,7 @@ COLUMNS: dict[str, pa.Array] = {
     "pair": pa.array([[1, 2], None, [3, None], [5, 6]], pa.list_(pa.int16(), 2)),
     "map": pa.array([[("a", 1)], None, [], [("b", None), ("c", 3)]], pa.map_(pa.string(), pa.int8())),
     "struct": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": None}, {"a": 4, "b": []}]),
-    "deep": pa.array([[{"k": [b"x"], "t": 1}], None, [], [None]], pa.list_(pa.struct([("k", pa.list_(pa.binary())), ("t", ZONED)]))),
+    "deep": pa.array([[{"k": [b"x"], "t": 1}], None, [], [None]], DEEP),
 }
 EVERYTHING = pa.table(COLUMNS)
 
@@ -60,7 +62,7 @@ def results_for(rows: int) -> list[RowResult]:
 def round_trip(tmp_path: Path, inputs: pa.Table, compression: str = "zstd", **output: object) -> tuple[pa.Table, pa.Table]:
     """(what was to be written, what the committed file holds)"""
     config = OutputConfig(**output)  # type: ignore[arg-type]
-    run_dir = RunDir(tmp_path / "run")
+    run_dir = RunDir(tmp_path / "s3:" / "run #1 %20 'é'")
     run_dir.create()
     schema = output_schema(inputs.schema, inputs.column_names, config)
     results = results_for(inputs.num_rows)
@@ -116,7 +118,7 @@ def test_field_metadata_and_nullability_are_kept(tmp_path: Path) -> None:
 
 def test_the_second_commit_of_a_unit_loses_and_leaves_nothing(tmp_path: Path) -> None:
     round_trip(tmp_path, pa.table({"p": ["first"]}))
-    run_dir = RunDir(tmp_path / "run")
+    run_dir = RunDir(tmp_path / "s3:" / "run #1 %20 'é'")
     footer = read_footer(run_dir.completion(5, 0))
     assert commit_unit(run_dir, 5, 0, pa.table({"p": ["second"]}), footer, "zstd") is Published.LOST
     assert [path.name for path in run_dir.completions.iterdir()] == ["000005.0.parquet"]
@@ -125,7 +127,7 @@ def test_the_second_commit_of_a_unit_loses_and_leaves_nothing(tmp_path: Path) ->
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     round_trip(tmp_path, pa.table({"p": ["first"]}))
-    path = RunDir(tmp_path / "run").completion(5, 0)
+    path = RunDir(tmp_path / "s3:" / "run #1 %20 'é'").completion(5, 0)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"000005\.0\.parquet.*not a whole completions file"):
         read_footer(path)
@@ -148,7 +150,7 @@ def test_hash_ignores_chunks_and_slices(rows: list[dict[str, object]], cuts: lis
     whole = pa.Table.from_pylist(rows, SCHEMA)
     padded = pa.concat_tables([whole.slice(0, pad), whole, whole]).combine_chunks().slice(whole.slice(0, pad).num_rows, len(rows))
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
-    chunked = pa.concat_tables([padded.slice(a, b - a) for a, b in zip(edges, edges[1:], strict=False)])
+    chunked = pa.concat_tables([padded.slice(a, b - a) for a, b in itertools.pairwise(edges)])
     assert logical_hash(chunked) == logical_hash(padded) == logical_hash(whole)
 
 
