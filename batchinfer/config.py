@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 RESULT, SCHEMA, THROUGHPUT = "result", "schema", "throughput"
@@ -25,7 +28,7 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
-    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works so far)."""
+    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works)."""
     metadata = {"kind": kind, "help": help, **checks}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -73,7 +76,7 @@ class InputConfig:
     system_prompt: str | None = _key(None, RESULT, "system message put before every chat that has none")
     apply_chat_template: bool = _key(False, RESULT, "render a plain prompt as one user message")
     chat_template_kwargs: dict[str, Any] = _key({}, RESULT, "extra variables for the chat template")
-    sampling_column: str | None = _key(None, RESULT, "column (struct or JSON text) whose fields override sampling keys for the row")
+    sampling_column: str | None = _key(None, RESULT, "column (struct or JSON text) that overrides sampling keys for its row")
     rows_per_unit: int = _key(1024, THROUGHPUT, "rows claimed, committed and retried together; frozen with the plan", minimum=1)
     limit: int | None = _key(None, RESULT, "run only the first so many rows", minimum=1)
     too_long: str = _key("error", RESULT, "what to do with a prompt that leaves no room for a token",
@@ -117,7 +120,7 @@ class EngineConfig:
     cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
     overlap: bool = _key(False, THROUGHPUT, "prepare the next step on the host while the GPU runs", only=False)
     attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))
-    stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still for this long has lost its claims", above=0)
+    stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Config:
     run_name: str | None = _key(None, THROUGHPUT, "name of the run; default: <model>-<fingerprint>")
     seed: int = _key(0, RESULT, "seed of every random choice")
     stats_every: int = _key(1, THROUGHPUT, "write batch statistics of every so many steps as one row", minimum=1)
-    max_error_fraction: float = _key(1.0, THROUGHPUT, "a larger share of error rows makes the run exit with 1", minimum=0, maximum=1)
+    max_error_fraction: float = _key(1.0, THROUGHPUT, "a larger share of error rows gives exit code 1", minimum=0, maximum=1)
     verbose: bool = _key(False, THROUGHPUT, "show what the replicas log")
     model: ModelConfig = field(default_factory=ModelConfig)
     hw: HardwareConfig = field(default_factory=HardwareConfig)
@@ -182,3 +185,170 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
             yield from leaves(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf by its dotted name, in the order of the schema."""
+    return {name: _lookup(config, name) for name, _ in leaves()}
+
+
+def _lookup(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def from_dict(raw: Mapping[str, Any], planning: bool = False) -> Config:
+    """The checked config of nested plain values; left-out keys take their defaults. Raises ConfigError.
+
+    `planning`: no weights will be loaded, so model.architecture alone says enough about the model.
+    """
+    config: Config = _build(Config, raw, "")
+    check_together(config, planning)
+    return config
+
+
+def _build(cls: type, raw: Any, prefix: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{show(prefix[:-1], raw)}: must be a group of keys: {', '.join(f.name for f in fields(cls))}")
+    names = [f.name for f in fields(cls)]
+    for key in raw:
+        if key not in names:
+            raise unknown_key(f"{prefix}{key}", prefix, names)
+    hints = typing.get_type_hints(cls)
+    return cls(**{f.name: _value(f, hints[f.name], raw[f.name], prefix + f.name) for f in fields(cls) if f.name in raw})
+
+
+def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), raw, name + ".")
+    value = _typed(hint, raw, name)
+    _check_range(f.metadata, value, name)
+    return value
+
+
+def unknown_key(name: str, prefix: str, names: list[str]) -> ConfigError:
+    """The error for a key that `prefix` (a group with its dot, or empty: the top) does not have."""
+    close = difflib.get_close_matches(name.removeprefix(prefix).split(".")[0], names, n=1)
+    hint = f"did you mean {prefix}{close[0]}? " if close else ""
+    where = f"keys of {prefix[:-1]}" if prefix else "keys at the top"
+    return ConfigError(f"{name}: no such key; {hint}{where}: {', '.join(names)}")
+
+
+def show(name: str, value: Any) -> str:
+    """`name=value` as a user would write it."""
+    return f"{name}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value)) if not isinstance(value, str) else value
+
+
+_TYPE_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "null"}
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {'integers' if typing.get_args(hint) == (int,) else 'texts'}"
+    return "a group of names and values" if typing.get_origin(hint) is dict else _TYPE_NAMES[hint]
+
+
+def _typed(hint: Any, raw: Any, name: str) -> Any:
+    """`raw` as a value of the type `hint`: integers become floats where asked, nothing else is converted."""
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        if _matches(option, raw):
+            return _plain(float(raw) if option is float else raw, name)
+    quote = "; quote a number to make it text" if _matches(float, raw) and "text" in _describe(hint) else ""
+    raise ConfigError(f"{show(name, raw)}: must be {_describe(hint)}{quote}")
+
+
+def _matches(hint: Any, raw: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is list:
+        return isinstance(raw, list | tuple) and all(_matches(typing.get_args(hint)[0], item) for item in raw)
+    if origin is dict:
+        return isinstance(raw, Mapping)
+    if isinstance(raw, bool):
+        return hint is bool
+    return isinstance(raw, (int, float) if hint is float else hint)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A copy made of what JSON can say: mappings with text keys, lists, finite numbers, text, true, false, null."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{show(name, dict(value))}: the name {key!r} must be text")
+        return {key: _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{show(name, value)}: must be a finite number")
+    if not isinstance(value, str | int | float | None):
+        raise ConfigError(f"{show(name, value)}: must be a plain value, not a {type(value).__name__}")
+    return value
+
+
+_BOUNDS = (("above", "above", operator.gt), ("minimum", "at least", operator.ge), ("maximum", "at most", operator.le))
+
+
+def _check_range(checks: Mapping[str, Any], value: Any, name: str) -> None:
+    if "choices" in checks and value not in checks["choices"]:
+        raise ConfigError(f"{show(name, value)}: must be one of {', '.join(_text(choice) for choice in checks['choices'])}")
+    bounds = [(word, checks[key], holds) for key, word, holds in _BOUNDS if key in checks]
+    if value is not None and not all(holds(value, bound) for _, bound, holds in bounds):
+        raise ConfigError(f"{show(name, value)}: must be {' and '.join(f'{word} {bound}' for word, bound, _ in bounds)}")
+    if "only" in checks and value != checks["only"]:
+        raise ConfigError(f"{show(name, value)}: not supported yet by this version; the valid value is {_text(checks['only'])}")
+
+
+PROMPT_SOURCES = ("prompt_column", "messages_column", "token_ids_column", "prompt_template")
+
+
+def check_together(config: Config, planning: bool = False) -> None:
+    """The rules that join several keys. Raises ConfigError."""
+    if config.run_name is not None and not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*", config.run_name):
+        raise ConfigError(f"{show('run_name', config.run_name)}: must be letters, digits, '.', '_' and '-', not dots alone")
+    _check_model(config.model, config.hw, planning)
+    _check_hw(config.hw)
+    _check_input(config.input)
+    if config.sampling.min_tokens > config.sampling.max_tokens:
+        raise ConfigError(f"{show('sampling.min_tokens', config.sampling.min_tokens)}: must be at most "
+                          f"{show('sampling.max_tokens', config.sampling.max_tokens)}")
+    if isinstance(config.output.keep_columns, str) and config.output.keep_columns not in ("all", "none"):
+        raise ConfigError(f"{show('output.keep_columns', config.output.keep_columns)}: must be all, none or a list of columns")
+
+
+def _check_model(model: ModelConfig, hw: HardwareConfig, planning: bool) -> None:
+    if model.load_format == "safetensors" and model.path is None and not (planning and model.architecture):
+        raise ConfigError("model.path=null: must name a checkpoint folder, unless model.load_format=random")
+    if model.load_format == "random" and model.path is None and not model.architecture:
+        raise ConfigError("model.load_format=random: needs model.architecture or model.path, for the shapes of the weights")
+    if model.dtype == "float64" and hw.gpu not in (None, "auto"):
+        raise ConfigError(f"model.dtype=float64: must run on a CPU (hw=cpu), not on {show('hw.gpu', hw.gpu)}")
+
+
+def _check_hw(hw: HardwareConfig) -> None:
+    parallel = hw.tensor_parallel
+    if isinstance(parallel, str):
+        if parallel != "auto":
+            raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or an integer of at least 1")
+    elif parallel < 1 or hw.gpus_per_node % parallel:
+        raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or divide hw.gpus_per_node={hw.gpus_per_node}")
+
+
+def _check_input(source: InputConfig) -> None:
+    if not source.paths:
+        raise ConfigError("input.paths=[]: must name at least one Parquet file, folder or glob")
+    given = [name for name in PROMPT_SOURCES if getattr(source, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(show(f"input.{name}", getattr(source, name)) for name in given) or "none of them is set"
+        raise ConfigError(f"{found}: exactly one of {', '.join(f'input.{name}' for name in PROMPT_SOURCES)} must be set")
+    if source.apply_chat_template and given[0] not in ("prompt_column", "prompt_template"):
+        raise ConfigError(f"input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, "
+                          f"not with input.{given[0]}")
+    if source.system_prompt is not None and given[0] != "messages_column" and not source.apply_chat_template:
+        raise ConfigError(f"{show('input.system_prompt', source.system_prompt)}: must go with input.messages_column or "
+                          "input.apply_chat_template=true")

@@ -1,0 +1,184 @@
+"""Where everything of a run lies: the one place that knows the layout of a run directory.
+
+Names are by number and existence means done, so that a listing is the state. See docs/architecture.md for what each file
+holds. Nothing here waits, locks, or reads more than a name, apart from the small stop mark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchinfer.config import ConfigError
+from batchinfer.publish import probe, replace_bytes
+
+FOLDERS = ("claims", "completions", "superseded", "partials", "attempts", "stats", "replicas", "submissions")
+TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}\.tmp")  # as publish.temporary names them
+NUMBERED = re.compile(r"(\d{6,})\.(\d+)\.(json|parquet)")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    root: Path
+
+    @property
+    def config_yaml(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def manifest_json(self) -> Path:
+        """Its existence is the run's existence."""
+        return self.root / "manifest.json"
+
+    @property
+    def weights_json(self) -> Path:
+        return self.root / "weights.json"
+
+    @property
+    def cancelled(self) -> Path:
+        return self.root / "CANCELLED"
+
+    @property
+    def claims(self) -> Path:
+        return self.root / "claims"
+
+    @property
+    def completions(self) -> Path:
+        return self.root / "completions"
+
+    @property
+    def superseded(self) -> Path:
+        return self.root / "superseded"
+
+    @property
+    def partials(self) -> Path:
+        return self.root / "partials"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def stats(self) -> Path:
+        return self.root / "stats"
+
+    @property
+    def replicas(self) -> Path:
+        return self.root / "replicas"
+
+    @property
+    def submissions(self) -> Path:
+        return self.root / "submissions"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def claim(self, unit: int, epoch: int) -> Path:
+        return self.claims / f"{unit:06d}.{epoch}.json"
+
+    def completion(self, unit: int, generation: int) -> Path:
+        return self.completions / f"{unit:06d}.{generation}.parquet"
+
+    def replica(self, replica: str) -> Path:
+        return self.replicas / replica
+
+    def progress(self, replica: str) -> Path:
+        return self.replica(replica) / "progress.json"
+
+    def create(self) -> None:
+        """Make the folders and check that they can hold a run. Raises ConfigError when they cannot."""
+        try:
+            for name in FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            hint = "choose a folder that is writable"
+            raise ConfigError(f"output.dir: cannot make {error.filename} ({error.strerror}); {hint}") from error
+        probe(self.completions)
+
+    def new_submission(self) -> tuple[int, Path]:
+        """The next submission number and its new folder. Two callers never get the same."""
+        number = max((int(name) for name in os.listdir(self.submissions) if name.isdecimal()), default=0) + 1
+        while not _mkdir(self.submissions / f"{number:02d}"):
+            number += 1
+        return number, self.submissions / f"{number:02d}"
+
+    def new_replica(self, base: str) -> str:
+        """A replica name that nobody has used in this run, with its new folder: `base`, `base.1`, `base.2`, ..."""
+        name, number = base, 0
+        while not _mkdir(self.replica(name)):
+            number += 1
+            name = f"{base}.{number}"
+        return name
+
+    def done_units(self) -> dict[int, int]:
+        """Highest generation of every unit that has one; one listing."""
+        done: dict[int, int] = {}
+        for name in os.listdir(self.completions):
+            parsed = parse_completion(name)
+            if parsed is not None:
+                done[parsed[0]] = max(parsed[1], done.get(parsed[0], 0))
+        return done
+
+    def supersede(self) -> None:
+        """Move every completions file that a higher generation has replaced. Safe to repeat after a crash."""
+        done = self.done_units()
+        for name in os.listdir(self.completions):
+            parsed = parse_completion(name)
+            if parsed is not None and parsed[1] < done.get(parsed[0], 0):
+                with contextlib.suppress(FileNotFoundError):  # somebody else moved it
+                    os.rename(self.completions / name, self.superseded / name)
+
+    def clean_temporaries(self) -> int:
+        """Remove what killed writers left behind; returns how many files. Only for a run in which nothing works any more."""
+        removed = 0
+        for folder, _, names in os.walk(self.root):
+            for name in filter(TEMPORARY.fullmatch, names):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+                    removed += 1
+        return removed
+
+    def cancel(self, up_to_submission: int) -> None:
+        """Stop the jobs of all submissions up to this number, for good. A later resume is a new submission."""
+        up_to = max(up_to_submission, self._cancelled_up_to())
+        replace_bytes(self.cancelled, json.dumps({"up_to": up_to}).encode(), durable=True)
+
+    def is_cancelled(self, submission: int) -> bool:
+        return submission <= self._cancelled_up_to()
+
+    def _cancelled_up_to(self) -> int:
+        try:
+            return int(json.loads(self.cancelled.read_bytes())["up_to"])
+        except FileNotFoundError:
+            return -1
+
+
+def parse_completion(name: str) -> tuple[int, int] | None:
+    """(unit, generation) of a file name in completions/, None for any other name."""
+    return _parse(name, "parquet")
+
+
+def parse_claim(name: str) -> tuple[int, int] | None:
+    """(unit, epoch) of a file name in claims/, None for any other name."""
+    return _parse(name, "json")
+
+
+def _parse(name: str, suffix: str) -> tuple[int, int] | None:
+    match = NUMBERED.fullmatch(name)
+    if match is None:
+        return None
+    unit, number = int(match[1]), int(match[2])
+    return (unit, number) if name == f"{unit:06d}.{number}.{suffix}" else None
+
+
+def _mkdir(path: Path) -> bool:
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return False
+    return True
