@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,9 @@ import torch.distributed as dist
 from batchinfer import ops
 from batchinfer.config import Config, ConfigError, EngineConfig
 from batchinfer.engine.batch import Batch, BatchChannel
+from batchinfer.hardware import GIB, available_memory
+from batchinfer.memory import gib, kv_blocks
+from batchinfer.memory import max_model_len as max_model_len_of
 from batchinfer.model.config import ModelShape, resolve_dtype
 from batchinfer.model.layers import AttentionInputs
 from batchinfer.model.llama import LlamaForCausalLM
@@ -25,9 +27,9 @@ from batchinfer.model.parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
 
-GiB = 2**30
-CPU_CACHE_LIMIT = 4 * GiB  # a CPU is for small models: more cache would only take memory from others
+CPU_CACHE_LIMIT = 4 * GIB  # a CPU is for small models: more cache would only take memory from others
 CPU_CACHE_SHARE = 3  # at most one part in so many of the host's free memory
+PROFILE_CONTEXT = 4096  # attention works in pieces of bounded size, which this many tokens fill
 
 
 class ModelRunner:
@@ -104,56 +106,43 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
 
     ConfigError: the memory that is left holds less than one sequence of `max_model_len` tokens.
     """
-    max_model_len = resolve_max_model_len(config, shape)
+    max_model_len = max_model_len_of(config.model, shape)
     dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
     dtype = getattr(torch, dtype_name)
     begin = time.monotonic()
     model = LlamaForCausalLM(shape, parallel, dtype, device, max_model_len)
     report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
-    logger.info("loaded %.2f GiB of weights in %.1f s; %s", report.bytes / GiB, report.seconds, _memory_in_words(device))
+    logger.info("loaded %s of weights in %.1f s; %s", gib(report.bytes), report.seconds, _memory_in_words(device))
     loaded = time.monotonic()
-    block_bytes = shape.kv_bytes_per_token(dtype_name, parallel.size) * config.engine.block_size
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
-    num_blocks = measure_kv_blocks(profiler, config, block_bytes)
+    num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
     del profiler
     runner = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks)
     logger.info(
-        "KV cache: %s blocks of %d tokens, %.2f GiB; %s",
-        f"{num_blocks:,}", config.engine.block_size, num_blocks * block_bytes / GiB, _memory_in_words(device),
+        "KV cache: %s blocks of %d tokens, %s; %s",
+        f"{num_blocks:,}", config.engine.block_size, gib(runner.kv_cache.nbytes), _memory_in_words(device),
     )
     runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
     return runner
 
 
-def resolve_max_model_len(config: Config, shape: ModelShape) -> int:
-    """The longest prompt + completion of this run. ConfigError: longer than the model's positions reach."""
-    wanted = config.model.max_model_len
-    if wanted is None:
-        return shape.max_position_embeddings
-    if wanted > shape.max_position_embeddings:
-        raise ConfigError(
-            f"model.max_model_len={wanted:,} is more than the model's {shape.max_position_embeddings:,} positions "
-            "(max_position_embeddings)"
-        )
-    return wanted
-
-
-def measure_kv_blocks(profiler: ModelRunner, config: Config, block_bytes: int) -> int:
-    """How many blocks of `block_bytes` this rank's memory holds beside weights and activations; the least of all ranks.
+def measure_kv_blocks(profiler: ModelRunner, config: Config, shape: ModelShape, dtype: str) -> int:
+    """How many blocks of KV cache this rank's memory holds beside weights and activations; the least of all ranks.
 
     On a GPU by running the largest batch there can be and reading the peak, on a CPU by a share of the free memory; never
     more than `max_num_seqs` sequences can fill. ConfigError: less than one sequence of `max_model_len` tokens.
     """
-    num_blocks = _least_of_all_ranks(_free_for_cache(profiler, config) // block_bytes, profiler.parallel)
-    per_sequence = -(-profiler.max_model_len // config.engine.block_size)
-    if num_blocks < per_sequence:
-        needed, left = per_sequence * block_bytes / GiB, max(0, num_blocks) * block_bytes / GiB
+    size, max_model_len = profiler.parallel.size, profiler.max_model_len
+    free = _free_for_cache(profiler, config)
+    num_blocks = _least_of_all_ranks(kv_blocks(free, shape, dtype, size, config.engine, max_model_len), profiler.parallel)
+    if num_blocks * config.engine.block_size < max_model_len:
+        needed = max_model_len * shape.kv_bytes_per_token(dtype, size)
         raise ConfigError(
-            f"model.max_model_len={profiler.max_model_len:,} needs {needed:.3f} GiB of KV cache on each rank and {left:.3f} GiB "
-            "are available: lower model.max_model_len, or raise hw.tensor_parallel or engine.gpu_memory_utilization"
+            f"model.max_model_len={max_model_len:,} needs {gib(needed)} of KV cache on each rank and {gib(max(0, free))} are "
+            "available: lower model.max_model_len, or raise hw.tensor_parallel or engine.gpu_memory_utilization"
         )
-    return min(num_blocks, config.engine.max_num_seqs * per_sequence)
+    return num_blocks
 
 
 def _free_for_cache(profiler: ModelRunner, config: Config) -> int:
@@ -161,7 +150,7 @@ def _free_for_cache(profiler: ModelRunner, config: Config) -> int:
     if profiler.device.type == "cuda":
         return _measure_cuda(profiler, config.engine)
     processes = max(profiler.parallel.size, config.hw.gpus_per_node)
-    return min(_available_host_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
+    return min(available_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
 
 
 def _measure_cuda(profiler: ModelRunner, engine: EngineConfig) -> int:
@@ -173,25 +162,25 @@ def _measure_cuda(profiler: ModelRunner, engine: EngineConfig) -> int:
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
     outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, NCCL, other processes
-    logger.info("largest step: peak %.2f GiB, %.2f GiB outside of torch; %s", peak / GiB, outside / GiB, _memory_in_words(device))
+    logger.info("largest step: peak %s, %s outside of torch; %s", gib(peak), gib(outside), _memory_in_words(device))
     torch.cuda.empty_cache()
     return int(engine.gpu_memory_utilization * total) - peak - outside
 
 
 def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:
-    """`max_num_batched_tokens` tokens of `max_num_seqs` sequences that all draw a token with `max_model_len` tokens of context.
+    """`max_num_batched_tokens` tokens of `max_num_seqs` sequences that all draw a token, with as much context as matters.
 
     Runs over a cache of a single block: no token is stored, and every block table names block 0 only.
     """
-    num_tokens = engine.max_num_batched_tokens
+    num_tokens, context = engine.max_num_batched_tokens, min(max_model_len, PROFILE_CONTEXT)
     num_seqs = min(engine.max_num_seqs, num_tokens)
     counts = np.ones(num_seqs, dtype=np.int32)
-    for i in range(num_seqs):  # chunks as long as can be: their masks and scores take the most memory
-        counts[i] += min(max_model_len - 1, num_tokens - int(counts.sum()))
-    batch = Batch.empty(int(counts.sum()), num_seqs, -(-max_model_len // engine.block_size), num_seqs)
+    for i in range(num_seqs):  # a few long chunks need more room than many short ones
+        counts[i] += min(context - 1, num_tokens - int(counts.sum()))
+    batch = Batch.empty(int(counts.sum()), num_seqs, -(-context // engine.block_size), num_seqs)
     batch.cu_seqlens_q[:] = np.concatenate([[0], np.cumsum(counts)])
-    batch.context_lens[:] = max_model_len
-    batch.positions[:] = np.concatenate([np.arange(max_model_len - count, max_model_len) for count in counts])
+    batch.context_lens[:] = context
+    batch.positions[:] = np.concatenate([np.arange(context - count, context) for count in counts])
     batch.slot_mapping[:] = -1
     batch.sample_rows[:] = batch.cu_seqlens_q[1:] - 1
     batch.temperature[:], batch.top_p[:], batch.min_p[:], batch.top_k[:] = 1.0, 0.9, 0.1, 10
@@ -211,15 +200,5 @@ def _least_of_all_ranks(value: int, parallel: TensorParallel) -> int:
 def _memory_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return f"{free / GiB:.2f} of {total / GiB:.2f} GiB free on {device}"
-    return f"{_available_host_memory() / GiB:.2f} GiB free on the host"
-
-
-def _available_host_memory() -> int:
-    """Bytes that this process could still take: what the host has, or the control group (v2) where that is less."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        available = min(available, int(most) - int(used.read_text()))
-    return max(0, available)
+        return f"{gib(free)} of {gib(total)} free on {device}"
+    return f"{gib(available_memory())} free on the host"
