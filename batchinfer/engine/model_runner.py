@@ -1,0 +1,204 @@
+"""Executes batches on one rank: owns the model, the KV cache and how large it is.
+
+Every rank of a tensor-parallel group has one. All compute the same batch and meet in the model's collectives; rank 0 draws
+the tokens and brings them to its host.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from batchinfer import ops
+from batchinfer.config import Config, ConfigError, EngineConfig
+from batchinfer.engine.batch import Batch, BatchChannel
+from batchinfer.hardware import GIB, available_memory
+from batchinfer.memory import gib, kv_blocks
+from batchinfer.memory import max_model_len as max_model_len_of
+from batchinfer.model.config import ModelShape, resolve_dtype
+from batchinfer.model.layers import AttentionInputs
+from batchinfer.model.llama import LlamaForCausalLM
+from batchinfer.model.loader import load_weights
+from batchinfer.model.parallel import TensorParallel
+
+logger = logging.getLogger(__name__)
+
+CPU_CACHE_LIMIT = 4 * GIB  # a CPU is for small models: more cache would only take memory from others
+CPU_CACHE_SHARE = 3  # at most one part in so many of the host's free memory
+PROFILE_CONTEXT = 4096  # attention works in pieces of bounded size, which this many tokens fill
+
+
+class ModelRunner:
+    """`execute` computes one batch over a KV cache of `num_blocks` blocks."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        model: LlamaForCausalLM,
+        parallel: TensorParallel,
+        engine: EngineConfig,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int,
+    ) -> None:
+        self.model = model
+        self.parallel = parallel
+        self.max_model_len = max_model_len
+        self.device = device
+        self.num_blocks = num_blocks
+        self.channel = BatchChannel(parallel.host_group) if parallel.size > 1 else None
+        self.phases: dict[str, float] = {}  # seconds that each part of the construction took
+        num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
+        # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
+        self.kv_cache = torch.zeros(
+            2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim, dtype=dtype, device=device
+        )
+        keys, values = self.kv_cache
+        self.kv_caches = list(zip(keys, values, strict=True))
+
+    def share(self, batch: Batch) -> None:
+        """Rank 0: hand the batch to the other ranks, which are waiting in `receive`."""
+        if self.channel is not None:
+            self.channel.send(batch)
+
+    def receive(self) -> Batch | None:
+        """Other ranks: wait for rank 0's next batch; None when it has closed."""
+        assert self.channel is not None, "rank 0 has nobody to receive from"
+        return self.channel.receive()
+
+    def close(self) -> None:
+        if self.channel is not None:
+            self.channel.send_stop()
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> list[int]:
+        """The token that each sampling sequence of the batch draws, in batch order; nothing on ranks other than 0.
+
+        Writes the keys and values of the batch's tokens into the cache. The host waits for the device only for the tokens.
+        """
+        step = batch.to_tensors(self.device)
+        attention = AttentionInputs(
+            slot_mapping=step.slot_mapping,
+            block_tables=step.block_tables,
+            cu_seqlens_q=step.cu_seqlens_q,
+            context_lens=step.context_lens,
+        )
+        hidden = self.model(step.token_ids, step.positions, attention, self.kv_caches)
+        if batch.num_samples == 0:
+            return []
+        logits = self.model.logits(hidden.index_select(0, step.sample_rows))  # every rank: they gather the vocabulary
+        if self.parallel.rank != 0:
+            return []
+        tokens = ops.sample(
+            logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions
+        )
+        drawn: list[int] = tokens.tolist()
+        return drawn
+
+
+def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, device: torch.device) -> ModelRunner:
+    """Load the weights, measure what memory is left, and make the KV cache of it. Every rank calls this together.
+
+    ConfigError: the memory that is left holds less than one sequence of `max_model_len` tokens.
+    """
+    max_model_len = max_model_len_of(config.model, shape)
+    dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
+    dtype = getattr(torch, dtype_name)
+    begin = time.monotonic()
+    model = LlamaForCausalLM(shape, parallel, dtype, device, max_model_len)
+    report = load_weights(model, shape, config.model, config.seed, device)
+    model.eval()
+    logger.info("loaded %s of weights in %.1f s; %s", gib(report.bytes), report.seconds, _memory_in_words(device))
+    loaded = time.monotonic()
+    profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
+    num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
+    del profiler
+    runner = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks)
+    logger.info(
+        "KV cache: %s blocks of %d tokens, %s; %s",
+        f"{num_blocks:,}", config.engine.block_size, gib(runner.kv_cache.nbytes), _memory_in_words(device),
+    )
+    runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
+    return runner
+
+
+def measure_kv_blocks(profiler: ModelRunner, config: Config, shape: ModelShape, dtype: str) -> int:
+    """How many blocks of KV cache this rank's memory holds beside weights and activations; the least of all ranks.
+
+    On a GPU by running the largest batch there can be and reading the peak, on a CPU by a share of the free memory; never
+    more than `max_num_seqs` sequences can fill. ConfigError: less than one sequence of `max_model_len` tokens.
+    """
+    size, max_model_len = profiler.parallel.size, profiler.max_model_len
+    free = _free_for_cache(profiler, config)
+    num_blocks = _least_of_all_ranks(kv_blocks(free, shape, dtype, size, config.engine, max_model_len), profiler.parallel)
+    if num_blocks * config.engine.block_size < max_model_len:
+        needed = max_model_len * shape.kv_bytes_per_token(dtype, size)
+        raise ConfigError(
+            f"model.max_model_len={max_model_len:,} needs {gib(needed)} of KV cache on each rank and {gib(max(0, free))} are "
+            "available: lower model.max_model_len, or raise hw.tensor_parallel or engine.gpu_memory_utilization"
+        )
+    return num_blocks
+
+
+def _free_for_cache(profiler: ModelRunner, config: Config) -> int:
+    """Bytes of this rank's device that may become KV cache; below 0 when even the model does not fit the share allowed."""
+    if profiler.device.type == "cuda":
+        return _measure_cuda(profiler, config.engine)
+    processes = max(profiler.parallel.size, config.hw.gpus_per_node)
+    return min(available_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
+
+
+def _measure_cuda(profiler: ModelRunner, engine: EngineConfig) -> int:
+    device = profiler.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    profiler.execute(largest_batch(engine, profiler.max_model_len))
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, NCCL, other processes
+    logger.info("largest step: peak %s, %s outside of torch; %s", gib(peak), gib(outside), _memory_in_words(device))
+    torch.cuda.empty_cache()
+    return int(engine.gpu_memory_utilization * total) - peak - outside
+
+
+def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:
+    """`max_num_batched_tokens` tokens of `max_num_seqs` sequences that all draw a token, with as much context as matters.
+
+    Runs over a cache of a single block: no token is stored, and every block table names block 0 only.
+    """
+    num_tokens, context = engine.max_num_batched_tokens, min(max_model_len, PROFILE_CONTEXT)
+    num_seqs = min(engine.max_num_seqs, num_tokens)
+    counts = np.ones(num_seqs, dtype=np.int32)
+    for i in range(num_seqs):  # a few long chunks need more room than many short ones
+        counts[i] += min(context - 1, num_tokens - int(counts.sum()))
+    batch = Batch.empty(int(counts.sum()), num_seqs, -(-context // engine.block_size), num_seqs)
+    batch.cu_seqlens_q[:] = np.concatenate([[0], np.cumsum(counts)])
+    batch.context_lens[:] = context
+    batch.positions[:] = np.concatenate([np.arange(context - count, context) for count in counts])
+    batch.slot_mapping[:] = -1
+    batch.sample_rows[:] = batch.cu_seqlens_q[1:] - 1
+    batch.temperature[:], batch.top_p[:], batch.min_p[:], batch.top_k[:] = 1.0, 0.9, 0.1, 10
+    for zeros in (batch.token_ids, batch.block_tables, batch.seeds, batch.sample_positions):
+        zeros[:] = 0
+    return batch
+
+
+def _least_of_all_ranks(value: int, parallel: TensorParallel) -> int:
+    if parallel.size == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=parallel.host_group)
+    return int(least)
+
+
+def _memory_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{gib(free)} of {gib(total)} free on {device}"
+    return f"{gib(available_memory())} free on the host"
