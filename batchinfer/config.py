@@ -198,10 +198,13 @@ def _lookup(config: Any, name: str) -> Any:
     return config
 
 
-def from_dict(raw: Mapping[str, Any]) -> Config:
-    """The checked config of nested plain values; left-out keys take their defaults. Raises ConfigError."""
+def from_dict(raw: Mapping[str, Any], planning: bool = False) -> Config:
+    """The checked config of nested plain values; left-out keys take their defaults. Raises ConfigError.
+
+    `planning`: no weights will be loaded, so model.architecture alone says enough about the model.
+    """
     config: Config = _build(Config, raw, "")
-    check_together(config)
+    check_together(config, planning)
     return config
 
 
@@ -226,7 +229,7 @@ def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
 
 def unknown_key(name: str, prefix: str, names: list[str]) -> ConfigError:
     """The error for a key that `prefix` (a group with its dot, or empty: the top) does not have."""
-    close = difflib.get_close_matches(name.removeprefix(prefix), names, n=1)
+    close = difflib.get_close_matches(name.removeprefix(prefix).split(".")[0], names, n=1)
     hint = f"did you mean {prefix}{close[0]}? " if close else ""
     where = f"keys of {prefix[:-1]}" if prefix else "keys at the top"
     return ConfigError(f"{name}: no such key; {hint}{where}: {', '.join(names)}")
@@ -304,11 +307,11 @@ def _check_range(checks: Mapping[str, Any], value: Any, name: str) -> None:
 PROMPT_SOURCES = ("prompt_column", "messages_column", "token_ids_column", "prompt_template")
 
 
-def check_together(config: Config) -> None:
+def check_together(config: Config, planning: bool = False) -> None:
     """The rules that join several keys. Raises ConfigError."""
     if config.run_name is not None and not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*", config.run_name):
         raise ConfigError(f"{show('run_name', config.run_name)}: must be letters, digits, '.', '_' and '-', not dots alone")
-    _check_model(config.model, config.hw)
+    _check_model(config.model, config.hw, planning)
     _check_hw(config.hw)
     _check_input(config.input)
     if config.sampling.min_tokens > config.sampling.max_tokens:
@@ -318,8 +321,8 @@ def check_together(config: Config) -> None:
         raise ConfigError(f"{show('output.keep_columns', config.output.keep_columns)}: must be all, none or a list of columns")
 
 
-def _check_model(model: ModelConfig, hw: HardwareConfig) -> None:
-    if model.load_format == "safetensors" and model.path is None:
+def _check_model(model: ModelConfig, hw: HardwareConfig, planning: bool) -> None:
+    if model.load_format == "safetensors" and model.path is None and not (planning and model.architecture):
         raise ConfigError("model.path=null: must name a checkpoint folder, unless model.load_format=random")
     if model.load_format == "random" and model.path is None and not model.architecture:
         raise ConfigError("model.load_format=random: needs model.architecture or model.path, for the shapes of the weights")

@@ -1,0 +1,218 @@
+"""Writing output: which columns a completions file has, how a unit's results become one, and the hash over its rows.
+
+The logical hash is what makes a committed file checkable: it is taken over values, not over bytes on disk, so it is the same
+before writing and after reading, whatever the chunks, slices, dictionaries and compression in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchinfer.data.schema import FOOTER_KEY, OUTPUT_FIELDS, SCHEMA_VERSION, RowResult, UnitFooter
+from batchinfer.publish import Published, publish, temporary
+
+if TYPE_CHECKING:
+    from batchinfer.config import OutputConfig
+    from batchinfer.job.rundir import RunDir
+
+
+def our_fields(output: OutputConfig) -> list[pa.Field]:
+    """The columns that we add, under the names that `output.prefix` gives them."""
+    wanted = (field for field in OUTPUT_FIELDS if field.name != "token_ids" or output.token_ids)
+    return [field.with_name(output.prefix + field.name) for field in wanted]
+
+
+def output_schema(input_schema: pa.Schema, kept: Sequence[str], output: OutputConfig) -> pa.Schema:
+    """The kept input fields as they are (type, nullability, metadata), then ours."""
+    return pa.schema([*(input_schema.field(name) for name in kept), *our_fields(output)])
+
+
+def unit_table(
+    inputs: pa.Table,
+    keys: Sequence[tuple[str, int]],
+    results: Sequence[RowResult],
+    output: OutputConfig,
+    replica: str,
+    schema: pa.Schema,
+) -> pa.Table:
+    """One output row for each input row, in order. `keys` are (shard path, row); `schema` is `output_schema`'s."""
+    ours = our_fields(output)
+    kept = schema.names[: len(schema) - len(ours)]
+    columns = {
+        "shard": [shard for shard, _ in keys],
+        "row": [row for _, row in keys],
+        "replica": [replica] * len(keys),
+        "num_completion_tokens": [len(result.token_ids) for result in results],
+        "token_ids": [None if result.error else result.token_ids for result in results],
+    }
+    arrays: list[Any] = [inputs.column(name) for name in kept]
+    for field in ours:
+        name = field.name.removeprefix(output.prefix)
+        values = columns[name] if name in columns else [getattr(result, name) for result in results]
+        arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def unit_footer(
+    unit: int,
+    generation: int,
+    inputs: pa.Table,
+    table: pa.Table,
+    results: Sequence[RowResult],
+    replica: str,
+    versions: dict[str, Any],
+) -> UnitFooter:
+    """What the completions file will say of itself. `inputs` is the table that the unit's reader gave, `table` the output."""
+    return UnitFooter(
+        schema_version=SCHEMA_VERSION,
+        unit=unit,
+        generation=generation,
+        rows=table.num_rows,
+        prompt_tokens=sum(result.num_prompt_tokens for result in results),
+        completion_tokens=sum(len(result.token_ids) for result in results),
+        errors=dict(sorted(Counter(result.error for result in results if result.error).items())),
+        content_hash=logical_hash(table),
+        input_hash=logical_hash(inputs),
+        replica=replica,
+        versions=versions,
+    )
+
+
+def commit_unit(
+    run_dir: RunDir, unit: int, generation: int, table: pa.Table, footer: UnitFooter, compression: str
+) -> Published:
+    """Write the unit under a temporary name and publish it. LOST: somebody else committed this generation first."""
+    final = run_dir.completion(unit, generation)
+    tmp = temporary(final)
+    try:
+        with pq.ParquetWriter(tmp, table.schema, compression="NONE" if compression == "none" else compression) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})
+        return publish(tmp, final)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def read_footer(path: Path) -> UnitFooter:
+    """The footer of a completions file; no row is read. Raises ValueError when it is not a whole completions file."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        return UnitFooter(**json.loads(metadata[FOOTER_KEY]))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{str(path)!r} is not a whole completions file: {error}") from error
+
+
+def logical_hash(table: pa.Table) -> str:
+    """Hex digest over the table's column names, types and values in order.
+
+    It does not depend on chunks, slices, dictionary encoding, what lies in memory under a null, or anything a Parquet round
+    trip may change beside values and types. NaNs with different bits count as different, and so do 0.0 and -0.0.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for name, column in zip(table.schema.names, table.columns, strict=True):
+        streams = _Streams(lambda: hashlib.blake2b(digest_size=32))
+        for chunk in column.chunks:
+            _update(streams, "", chunk)
+        _feed(digest, [name, _type_name(column.type), str(len(column))])
+        _feed(digest, [part for path, stream in sorted(streams.items()) for part in (path, stream.hexdigest())])
+    return digest.hexdigest()
+
+
+# One running hash for each buffer of a nested column, by its path: chunks append to them, so their borders leave no trace.
+_Streams = defaultdict[str, Any]
+
+
+def _feed(digest: Any, texts: Iterable[str]) -> None:
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+
+
+def _append(streams: _Streams, path: str, values: np.ndarray[Any, Any]) -> None:
+    if values.size:  # an empty chunk leaves no trace either
+        streams[path].update(np.ascontiguousarray(values).data)
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """A type's name without dictionary encoding, nullability of children, and the names of list items."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return f"{kind.extension_name}<{_type_name(kind.storage_type)}>"
+    if pa.types.is_dictionary(kind):
+        return _type_name(kind.value_type)
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{json.dumps(field.name)}: {_type_name(field.type)}' for field in kind)}>"
+    if pa.types.is_map(kind):
+        return f"map<{_type_name(kind.key_type)}, {_type_name(kind.item_type)}>"
+    if _is_list(kind):
+        size = f", {kind.list_size}" if pa.types.is_fixed_size_list(kind) else ""
+        return f"{str(kind).split('<')[0]}<{_type_name(kind.value_type)}{size}>"
+    return str(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+
+
+def _update(streams: _Streams, path: str, array: pa.Array) -> None:
+    """Append an array's logical content to the streams under `path`."""
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _update(streams, path, array.storage)
+    if pa.types.is_dictionary(kind):
+        return _update(streams, path, array.dictionary_decode())
+    _append(streams, path + "/valid", array.is_valid().cast(pa.uint8()).to_numpy(zero_copy_only=False))
+    if pa.types.is_struct(kind):
+        for i, child in enumerate(array.flatten()):  # a child is null where its parent is
+            _update(streams, f"{path}/{i}", child)
+    elif pa.types.is_map(kind) or _is_list(kind):
+        _update_list(streams, path, array)
+    elif not pa.types.is_null(kind):
+        _update_leaf(streams, path, array)
+    return None
+
+
+def _update_list(streams: _Streams, path: str, array: pa.Array) -> None:
+    if pa.types.is_map(array.type):
+        array = array.cast(pa.list_(pa.struct([("key", array.type.key_type), ("value", array.type.item_type)])))
+    lengths = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64())
+    _append(streams, path + "/length", lengths.to_numpy())
+    _update(streams, path + "/item", array.flatten())  # what lies under null lists is left out
+
+
+def _update_leaf(streams: _Streams, path: str, array: pa.Array) -> None:
+    """Lengths and bytes of text and binary values, the bytes of all others; null values take no part."""
+    kind = array.type
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        array = array.cast(pa.large_binary())
+    elif pa.types.is_boolean(kind):
+        array = array.cast(pa.uint8())
+    valid = array.drop_null() if array.null_count else array
+    width = _byte_width(array.type)
+    start, stop, buffers = valid.offset, valid.offset + len(valid), valid.buffers()
+    if width is None:
+        large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+        offsets = np.frombuffer(buffers[1] or b"", np.int64 if large else np.int32)[start : stop + 1].astype(np.int64)
+        _append(streams, path + "/length", np.diff(offsets))
+        start, stop, width = (int(offsets[0]), int(offsets[-1]), 1) if len(offsets) else (0, 0, 1)
+    data = np.frombuffer(buffers[-1] or b"", np.uint8)
+    _append(streams, path + "/data", data[start * width : stop * width])
+
+
+def _byte_width(kind: pa.DataType) -> int | None:
+    """Bytes of a value of a fixed width; None for those with offsets."""
+    variable = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return None if any(test(kind) for test in variable) else kind.bit_width // 8

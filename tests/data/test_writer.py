@@ -1,0 +1,220 @@
+"""Output tables: every input value and type survives, the hash sees values and nothing else, a unit is committed once."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchinfer.config import OutputConfig
+from batchinfer.data.reader import UnitReader, scan_shards
+from batchinfer.data.schema import OUTPUT_FIELDS, RowRange, RowResult
+from batchinfer.data.writer import commit_unit, logical_hash, output_schema, read_footer, unit_footer, unit_table
+from batchinfer.job.rundir import RunDir
+from batchinfer.publish import Published
+
+ZONED = pa.timestamp("ns", "Europe/Berlin")
+COLUMNS: dict[str, pa.Array] = {
+    "text": pa.array(["a", None, "", "déjà 你好"]),
+    "large text": pa.array(["a", None, "", "b" * 99], pa.large_string()),
+    "view": pa.array(["a", None, "", "longer than twelve bytes"], pa.string_view()),
+    "binary view": pa.array([b"a", None, b"", b"\xff longer than twelve bytes"], pa.binary_view()),
+    "dictionary": pa.array(["x", None, "y", "x"]).dictionary_encode(),
+    "small dictionary": pa.array(["x", None, "y", "x"]).cast(pa.dictionary(pa.int8(), pa.string())),
+    "integers": pa.array([1, None, -3, 2**40]),
+    "half": pa.array([1.5, None, -0.0, 3.0], pa.float16()),
+    "float": pa.array([1.5, None, float("nan"), float("inf")]),
+    "flag": pa.array([True, None, False, True]),
+    "nothing": pa.nulls(4),
+    "nanoseconds": pa.array([1, None, 10**18 + 1, -5], ZONED),
+    "microseconds": pa.array([1, None, 10**15 + 1, -5], pa.timestamp("us")),
+    "date": pa.array([1, None, 3, 4], pa.date32()),
+    "time": pa.array([1, None, 3, 4], pa.time64("ns")),
+    "duration": pa.array([1, None, 3, 4], pa.duration("us")),
+    "decimal": pa.array([decimal.Decimal("1.25"), None, decimal.Decimal("-3.00"), decimal.Decimal(0)], pa.decimal128(20, 2)),
+    "wide decimal": pa.array([decimal.Decimal("1.25"), None, None, decimal.Decimal(0)], pa.decimal256(50, 2)),
+    "fixed": pa.array([b"ab", None, b"cd", b"ef"], pa.binary(2)),
+    "list": pa.array([[1, 2], None, [], [None, 3]]),
+    "large list": pa.array([["a"], None, [], [None, "b"]], pa.large_list(pa.large_string())),
+    "pair": pa.array([[1, 2], None, [3, None], [5, 6]], pa.list_(pa.int16(), 2)),
+    "map": pa.array([[("a", 1)], None, [], [("b", None), ("c", 3)]], pa.map_(pa.string(), pa.int8())),
+    "struct": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": None}, {"a": 4, "b": []}]),
+    "deep": pa.array([[{"k": [b"x"], "t": 1}], None, [], [None]], pa.list_(pa.struct([("k", pa.list_(pa.binary())), ("t", ZONED)]))),
+}
+EVERYTHING = pa.table(COLUMNS)
+
+
+def results_for(rows: int) -> list[RowResult]:
+    good = RowResult(3, "text", [1, 2], "stop", ttft_s=0.1, latency_s=0.2, step_first=1, step_last=2)
+    bad = RowResult(error="null_prompt", error_message="the prompt is null")
+    return [bad if i % 3 == 1 else good for i in range(rows)]
+
+
+def round_trip(tmp_path: Path, inputs: pa.Table, compression: str = "zstd", **output: object) -> tuple[pa.Table, pa.Table]:
+    """(what was to be written, what the committed file holds)"""
+    config = OutputConfig(**output)  # type: ignore[arg-type]
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    schema = output_schema(inputs.schema, inputs.column_names, config)
+    results = results_for(inputs.num_rows)
+    keys = [("a shard.parquet", i) for i in range(inputs.num_rows)]
+    table = unit_table(inputs, keys, results, config, "host.0", schema)
+    footer = unit_footer(5, 0, inputs, table, results, "host.0", {"batchinfer": "0"})
+    assert commit_unit(run_dir, 5, 0, table, footer, compression) is Published.WON
+    assert read_footer(run_dir.completion(5, 0)) == footer
+    return table, pq.read_table(run_dir.completion(5, 0))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "lz4", "none"])
+def test_all_compressions_are_readable(tmp_path: Path, compression: str) -> None:
+    _, read = round_trip(tmp_path, pa.table({"p": ["a", "b"]}), compression)
+    assert read["p"].to_pylist() == ["a", "b"]
+
+
+def test_every_type_survives_the_whole_way(tmp_path: Path) -> None:
+    pq.write_table(EVERYTHING, tmp_path / "in.parquet", row_group_size=3)
+    found = scan_shards([str(tmp_path / "in.parquet")])
+    reader = UnitReader(found.root, found.shards, EVERYTHING.column_names)
+    inputs = reader.read((RowRange(0, 0, 4),))
+    written, read = round_trip(tmp_path, inputs)
+    for name in EVERYTHING.column_names:
+        assert read.schema.field(name).type == EVERYTHING.schema.field(name).type, name
+    kept = read.select(EVERYTHING.column_names)
+    assert logical_hash(kept) == logical_hash(EVERYTHING)
+    comparable = [name for name in kept.column_names if name != "float"]  # NaN is not equal to itself
+    assert kept.select(comparable).equals(EVERYTHING.select(comparable))
+    assert logical_hash(read) == logical_hash(written)
+
+
+def test_our_columns(tmp_path: Path) -> None:
+    _, read = round_trip(tmp_path, pa.table({"p": ["a", "b"], "row": [7, 8]}), prefix="our_", token_ids=True)
+    assert read.column_names == ["p", "row", *(f"our_{field.name}" for field in OUTPUT_FIELDS)]
+    good, bad = read.to_pylist()
+    assert good["our_shard"] == "a shard.parquet" and good["our_row"] == 0 and good["our_sample"] == 0
+    assert good["our_completion"] == "text" and good["our_token_ids"] == [1, 2] and good["our_num_completion_tokens"] == 2
+    assert bad["our_completion"] is None and bad["our_token_ids"] is None and bad["our_finish_reason"] == "error"
+    assert bad["our_error"] == "null_prompt" and bad["our_num_completion_tokens"] == 0 and bad["row"] == 8
+
+
+def test_token_ids_only_when_asked() -> None:
+    assert "token_ids" not in output_schema(pa.schema([]), [], OutputConfig()).names
+    assert "token_ids" in output_schema(pa.schema([]), [], OutputConfig(token_ids=True)).names
+
+
+def test_field_metadata_and_nullability_are_kept(tmp_path: Path) -> None:
+    field = pa.field("p", pa.string(), nullable=False, metadata={"unit": "words"})
+    _, read = round_trip(tmp_path, pa.table({"p": ["a"]}, schema=pa.schema([field])))
+    assert read.schema.field("p").equals(field) and read.schema.field("p").metadata[b"unit"] == b"words"
+
+
+def test_the_second_commit_of_a_unit_loses_and_leaves_nothing(tmp_path: Path) -> None:
+    round_trip(tmp_path, pa.table({"p": ["first"]}))
+    run_dir = RunDir(tmp_path / "run")
+    footer = read_footer(run_dir.completion(5, 0))
+    assert commit_unit(run_dir, 5, 0, pa.table({"p": ["second"]}), footer, "zstd") is Published.LOST
+    assert [path.name for path in run_dir.completions.iterdir()] == ["000005.0.parquet"]
+    assert pq.read_table(run_dir.completion(5, 0))["p"].to_pylist() == ["first"]
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    round_trip(tmp_path, pa.table({"p": ["first"]}))
+    path = RunDir(tmp_path / "run").completion(5, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"000005\.0\.parquet.*not a whole completions file"):
+        read_footer(path)
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries({
+        "t": st.none() | st.text(max_size=5),
+        "n": st.none() | st.integers(-5, 5),
+        "l": st.none() | st.lists(st.none() | st.fixed_dictionaries({"a": st.none() | st.booleans()}), max_size=3),
+    }),
+    max_size=12,
+)
+SCHEMA = pa.schema([("t", pa.string()), ("n", pa.int64()), ("l", pa.list_(pa.struct([("a", pa.bool_())])))])
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, cuts=st.lists(st.integers(0, 12), max_size=4), pad=st.integers(0, 3))
+def test_hash_ignores_chunks_and_slices(rows: list[dict[str, object]], cuts: list[int], pad: int) -> None:
+    whole = pa.Table.from_pylist(rows, SCHEMA)
+    padded = pa.concat_tables([whole.slice(0, pad), whole, whole]).combine_chunks().slice(whole.slice(0, pad).num_rows, len(rows))
+    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    chunked = pa.concat_tables([padded.slice(a, b - a) for a, b in zip(edges, edges[1:], strict=False)])
+    assert logical_hash(chunked) == logical_hash(padded) == logical_hash(whole)
+
+
+@settings(max_examples=150, deadline=None)
+@given(left=ROWS, right=ROWS)
+def test_hash_is_equal_only_for_equal_rows(left: list[dict[str, object]], right: list[dict[str, object]]) -> None:
+    hashes = [logical_hash(pa.Table.from_pylist(rows, SCHEMA)) for rows in (left, right)]
+    assert (hashes[0] == hashes[1]) == (left == right)
+
+
+@pytest.mark.parametrize("name", EVERYTHING.column_names)
+def test_hash_of_every_type_sees_order_and_not_slices(name: str) -> None:
+    table = EVERYTHING.select([name])
+    pieces = pa.concat_tables([table.slice(0, 1), table.slice(1, 2), table.slice(3)])
+    assert logical_hash(pieces) == logical_hash(table)
+    assert logical_hash(table.slice(1, 2)) == logical_hash(pa.concat_tables([table, table]).slice(5, 2))
+    if name != "nothing":
+        backwards = pa.concat_tables([table.slice(i, 1) for i in (3, 2, 1, 0)])
+        assert logical_hash(backwards) != logical_hash(table)
+
+
+def test_hash_ignores_values_under_nulls() -> None:
+    under = pa.Array.from_buffers(pa.int64(), 2, [pa.py_buffer(b"\x01"), pa.py_buffer(b"\x07" * 16)])
+    assert logical_hash(pa.table({"a": under})) == logical_hash(pa.table({"a": pa.array([under[0].as_py(), None])}))
+    text = pa.Array.from_buffers(
+        pa.string(), 2, [pa.py_buffer(b"\x01"), pa.py_buffer(b"\0\0\0\0\x01\0\0\0\x03\0\0\0"), pa.py_buffer(b"abc")]
+    )
+    assert text.to_pylist() == ["a", None]
+    assert logical_hash(pa.table({"a": text})) == logical_hash(pa.table({"a": ["a", None]}))
+    nested = pa.StructArray.from_arrays([under], names=["x"], mask=pa.array([True, False]))
+    same = pa.array([None, {"x": None}], nested.type)
+    assert logical_hash(pa.table({"a": nested})) == logical_hash(pa.table({"a": same}))
+
+
+def test_hash_ignores_dictionaries_and_sees_types_names_and_nulls() -> None:
+    texts = pa.array(["x", None, "x"])
+    shuffled = pa.DictionaryArray.from_arrays(pa.array([1, None, 1], pa.int8()), pa.array(["unused", "x"]))
+    null_value = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["x", None]))
+    reference = logical_hash(pa.table({"a": texts}))
+    for same in (texts.dictionary_encode(), shuffled, null_value):
+        assert logical_hash(pa.table({"a": same})) == reference
+    others = [
+        pa.table({"b": texts}),
+        pa.table({"a": texts.cast(pa.large_string())}),
+        pa.table({"a": ["x", "", "x"]}),
+        pa.table({"a": ["x", None, "x", None]}),
+        pa.table({"a": [None, "x", "x"]}),
+        pa.table({"a": texts, "c": texts}),
+    ]
+    assert len({logical_hash(other) for other in others} | {reference}) == len(others) + 1
+    lists = [[[1], [2]], [[1, 2], []], [[], [1, 2]], [[1, 2], None]]
+    assert len({logical_hash(pa.table({"a": pa.array(value, pa.list_(pa.int64()))})) for value in lists}) == len(lists)
+
+
+def test_hash_is_fast() -> None:
+    rows = 100_000
+    table = pa.table({
+        "a": [f"prompt number {i} of many" for i in range(rows)],
+        "b": range(rows),
+        "c": [None if i % 7 == 0 else f"{i}" for i in range(rows)],
+        "d": [[i, i + 1] for i in range(rows)],
+        "e": [{"x": i, "y": "z"} for i in range(rows)],
+        "f": [i * 0.5 for i in range(rows)],
+        "g": pa.array([f"{i % 9}" for i in range(rows)]).dictionary_encode(),
+        "h": [datetime.date(2024, 1, 1 + i % 28) for i in range(rows)],
+    })
+    started = time.perf_counter()
+    logical_hash(table)
+    assert time.perf_counter() - started < 1.5
