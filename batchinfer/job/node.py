@@ -1,0 +1,211 @@
+"""What runs on a node: a job that starts its replicas, watches them, restarts what died, and stops them when it is told.
+
+`NodeJob` is plain values, so that submitit can pickle it and a human can read it. All state of the work is on disk: a job
+that is requeued, or started again by hand, takes what is left.
+
+Signals are only noted by handlers and acted on in the loop. SIGTERM, SIGINT and SIGHUP stop the replicas: SIGTERM to each
+torchrun, `grace_s` later SIGKILL to whoever is left. SIGUSR2 is the warning before a time limit or a preemption: the
+replicas are stopped in the same way, then the handler found (submitit's: checkpoint, requeue, exit) is called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
+from batchinfer.job.replica import (
+    DONE,
+    FAILED,
+    STOPPED,
+    Death,
+    Replica,
+    torchrun,
+    torchrun_environment,
+    wait_all,
+    write_death,
+)
+from batchinfer.job.rundir import RunDir
+from batchinfer.publish import replace_bytes
+
+POLL_S = 0.1
+CANCEL_POLL_S = 1.0
+LINGER_S = 600.0  # more than any KillWait
+
+
+def is_complete(run_dir: RunDir) -> bool:
+    return len(run_dir.done_units()) >= len(Manifest.load(run_dir).units)
+
+
+def identity_of_job(folder: Path, job: int) -> Path:
+    """Where a job writes which process it is."""
+    return folder / f"job-{job:02d}.json"
+
+
+@dataclass(frozen=True)
+class NodeJob:
+    """One job of a submission. Call it in the main thread: returns 0 (complete, or nothing failed), 1, or 3 (stopped).
+
+    `visible_devices`: the outer device mask, one entry per GPU (indices, UUIDs, MIG ids); empty: no GPU; None: whatever
+    the node's own CUDA_VISIBLE_DEVICES says when the job starts, else the first `replicas * tensor_parallel`.
+    `command` stands in for torchrun and the worker (tests).
+    """
+
+    run_dir: str
+    submission: int
+    job: int
+    replicas: int
+    tensor_parallel: int
+    visible_devices: tuple[str, ...] | None
+    env: dict[str, str] = field(default_factory=dict)
+    cpus_per_rank: int | None = None  # None: the cores of this process, shared out
+    setup: tuple[str, ...] = ()
+    max_restarts: int = 2
+    grace_s: float = 10.0
+    worker_module: str = "batchinfer.worker"
+    command: tuple[str, ...] | None = None
+
+    def __call__(self) -> int:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            die_with_parent(death_signal=signal.SIGTERM)  # without its controller nobody could stop it
+        return _Node(self).run()
+
+    def checkpoint(self) -> Any:
+        """What submitit puts back into the queue: the same job. Everything it needs to go on is on disk."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(replace(self))
+
+    def devices(self) -> list[tuple[str, ...]]:
+        """The GPUs of each replica. Raises RuntimeError when the node shows fewer than the job needs."""
+        needed = self.replicas * self.tensor_parallel
+        visible = self._visible(needed)
+        if visible and len(visible) < needed:
+            raise RuntimeError(
+                f"job {self.job} needs {needed} GPUs ({self.replicas} replicas of {self.tensor_parallel}), but "
+                f"{socket.gethostname()} shows {len(visible)}: CUDA_VISIBLE_DEVICES={','.join(visible)}"
+            )
+        size = self.tensor_parallel
+        return [visible[k * size : (k + 1) * size] for k in range(self.replicas)]
+
+    def _visible(self, needed: int) -> tuple[str, ...]:
+        if self.visible_devices is not None:
+            return self.visible_devices
+        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return tuple(mask.split(",")) if mask else tuple(str(i) for i in range(needed))
+
+
+class _Node:
+    """A NodeJob at work."""
+
+    def __init__(self, job: NodeJob) -> None:
+        self.job, self.run_dir = job, RunDir(Path(job.run_dir))
+        self.folder = self.run_dir.submissions / f"{job.submission:02d}"
+        self.devices = job.devices()
+        self.threads = job.cpus_per_rank or max(1, len(os.sched_getaffinity(0)) // (job.replicas * job.tensor_parallel))
+        self.running: dict[int, Replica] = {}
+        self.restarts = dict.fromkeys(range(job.replicas), 0)
+        self.failed: set[int] = set()
+        self.next_look = 0.0
+        self.is_cancelled = False
+
+    def run(self) -> int:
+        if self._look_for_cancel():
+            return STOPPED
+        self._write_identity()
+        with SignalNotes() as notes:
+            try:
+                for slot in range(self.job.replicas):
+                    self._start(slot)
+                stopped = self._watch(notes)
+            finally:
+                for replica in self.running.values():
+                    replica.kill()
+            if not stopped:
+                return FAILED if self.failed and not is_complete(self.run_dir) else DONE
+            return self._after_stop(notes)
+
+    def _watch(self, notes: SignalNotes) -> bool:
+        """Until every replica has ended. True: they were stopped."""
+        while self.running:
+            if notes.stop_asked or self._look_for_cancel():
+                self._stop(notes)
+                return True
+            for slot, replica in list(self.running.items()):
+                code = replica.exit_code()
+                if code is not None:
+                    self._ended(slot, replica, code)
+            time.sleep(POLL_S)
+        return notes.stop_asked or self._look_for_cancel(now=True)
+
+    def _start(self, slot: int) -> None:
+        job = self.job
+        name = self.run_dir.new_replica(f"{job.submission:02d}-{job.job}-{slot}")
+        ranks = torchrun(job.tensor_parallel, self.run_dir.replica(name) / "ranks")
+        command = job.command or (*ranks, "-m", job.worker_module)
+        env = torchrun_environment(os.environ, job.env, self.devices[slot], self.threads)
+        self.running[slot] = Replica(self.run_dir, job.submission, name, command, env, job.setup)
+
+    def _ended(self, slot: int, replica: Replica, code: int) -> None:
+        del self.running[slot]
+        replica.kill()  # torchrun killed by SIGKILL leaves ranks behind, and they hold GPU memory
+        self.failed.discard(slot)
+        if code not in (DONE, STOPPED):
+            self._died(slot, replica.death(code), replica.has_committed())
+
+    def _died(self, slot: int, death: Death, made_progress: bool) -> None:
+        """Restart what had made progress: what dies before its first commit would only die again."""
+        if made_progress and self.restarts[slot] < self.job.max_restarts:
+            self.restarts[slot] += 1
+            self._start(slot)
+            death = replace(death, restarted_as=self.running[slot].name)
+        else:
+            self.failed.add(slot)
+        write_death(self.run_dir, death)
+        print(death.sentence(), file=sys.stderr, flush=True)
+
+    def _stop(self, notes: SignalNotes) -> None:
+        for replica in self.running.values():
+            replica.terminate()
+        deadline = time.monotonic() + self.job.grace_s
+        while not notes.kill_asked and time.monotonic() < deadline:
+            if wait_all(list(self.running.values()), POLL_S):
+                break
+        for replica in self.running.values():
+            replica.kill()
+
+    def _after_stop(self, notes: SignalNotes) -> int:
+        """Hand over to submitit after a warning; under SLURM wait to be killed after a SIGTERM.
+
+        SLURM sends SIGTERM before a requeue or preemption too. To return then would leave a result file, by which
+        submitit takes a job that runs again later for finished.
+        """
+        deadline = time.monotonic() + LINGER_S
+        while not self._look_for_cancel() and not is_complete(self.run_dir):
+            requeue = notes.previous.get(signal.SIGUSR2)
+            if notes.warnings and callable(requeue):
+                requeue(signal.SIGUSR2, None)  # exits the process
+            if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+        return STOPPED
+
+    def _look_for_cancel(self, now: bool = False) -> bool:
+        """Whether `cancel` was asked of this run; looks at the disk once a second."""
+        if now or time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + CANCEL_POLL_S
+            self.is_cancelled = self.run_dir.is_cancelled(self.job.submission)
+        return self.is_cancelled
+
+    def _write_identity(self) -> None:
+        pid = os.getpid()
+        identity = {"pid": pid, "started": start_time(pid), "boot_id": boot_id(), "host": socket.gethostname()}
+        replace_bytes(identity_of_job(self.folder, self.job.job), json.dumps(identity).encode())

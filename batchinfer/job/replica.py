@@ -1,0 +1,182 @@
+"""One replica as its job sees it: a torchrun with its ranks, all of which live and die together.
+
+The ranks' output goes to `replicas/<name>/log.txt`, each line marked with its rank, and to a file per rank below
+`replicas/<name>/ranks/`. A replica that died leaves a `died.json` beside them, which says why in one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import batchinfer
+from batchinfer.job.process import MARK, command_of_child, kill_marked, send
+from batchinfer.job.rundir import RunDir, parse_completion
+from batchinfer.publish import replace_bytes
+
+DONE, FAILED, STOPPED = 0, 1, 3  # exit codes of a worker, and of a job
+TAIL_BYTES = 65536
+RANK_LINE = re.compile(r"^\[rank(\d+)\]: ?(.*)$")
+ROOT_RANK = re.compile(r"^ *rank +: (\d+) \(local_rank", re.MULTILINE)
+ROOT_EXIT = re.compile(r"^ *exitcode +: (-?\d+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Death:
+    """Why and where a replica died. `restarted_as` is None when it is given up."""
+
+    replica: str
+    exit_code: int  # of the rank that failed first; negative: the signal that killed it
+    reason: str
+    log: str
+    restarted_as: str | None = None
+
+    def sentence(self) -> str:
+        then = f"restarted as {self.restarted_as}" if self.restarted_as else "not restarted"
+        return f"replica {self.replica} died ({self.reason}); {then}; log: {self.log}"
+
+
+def torchrun(tensor_parallel: int, log_dir: Path) -> list[str]:
+    """Every rank prints to both the common log, marked, and its own file. `--standalone` takes a free port by itself."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={tensor_parallel}",
+        "--max-restarts=0", "--role=rank", "--tee=3", f"--log-dir={log_dir}",
+    ]  # fmt: skip
+
+
+class Replica:
+    """A started replica. `command` is followed by RUN_DIR --replica NAME --submission N."""
+
+    def __init__(self, run_dir: RunDir, submission: int, name: str, command: Sequence[str],
+                 env: Mapping[str, str], setup: Sequence[str] = ()) -> None:  # fmt: skip
+        self.name, self._run_dir = name, run_dir
+        self.log = run_dir.replica(name) / "log.txt"
+        self._mark = f"{mark_of_job(run_dir, submission)}{name}:{secrets.token_hex(8)}"
+        self._commits_before = set(os.listdir(run_dir.completions))
+        full = [*command, str(run_dir.root), "--replica", name, "--submission", str(submission)]
+        self._process = self._start(command_of_child(full, setup), {**env, MARK: self._mark})
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        # SIGUSR2 stays blocked until the child ignores it; one that reaches us meanwhile waits, and is not lost.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        try:
+            with open(self.log, "ab") as log:
+                return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def exit_code(self) -> int | None:
+        """None while it lives; else the worker's code. torchrun itself only ever says 1: the worker's is in its last words."""
+        code = self._process.poll()
+        if code is None or code == DONE:
+            return code
+        codes = ROOT_EXIT.findall(_tail(self.log))
+        return int(codes[-1]) if codes else code
+
+    def terminate(self) -> None:
+        """Ask it to stop gracefully; torchrun hands the signal on to its ranks."""
+        if self._process.poll() is None:
+            send(self._process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every process of it, torchrun's ranks in their own sessions included, and wait until they are gone."""
+        left = kill_marked(self._mark)
+        if left:
+            print(f"replica {self.name}: processes {left} do not die (stuck in the kernel?)", file=sys.stderr, flush=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+
+    def has_committed(self) -> bool:
+        """Whether a completions file of this replica appeared since it started. Only footers of newer files are read."""
+        from batchinfer.data.writer import read_footer  # pyarrow, which a job needs only when a replica died
+
+        new = set(os.listdir(self._run_dir.completions)) - self._commits_before
+        paths = [self._run_dir.completions / name for name in new if parse_completion(name)]
+        return any(read_footer(path).replica == self.name for path in paths)
+
+    def death(self, exit_code: int) -> Death:
+        return Death(self.name, exit_code, self._reason(exit_code), str(self.log))
+
+    def _reason(self, exit_code: int) -> str:
+        told = read_progress(self._run_dir, self.name).get("error")
+        return told or last_words(_tail(self.log)) or _describe_exit(exit_code)
+
+
+def mark_of_job(run_dir: RunDir, submission: int) -> str:
+    """The beginning of the marks of all replicas of one submission."""
+    return f"{run_dir.root.absolute()}:{submission:02d}:"
+
+
+def torchrun_environment(base: Mapping[str, str], extra: Mapping[str, str], devices: Sequence[str], threads: int) -> dict[str, str]:
+    """The environment of one replica's torchrun: `base` (this process's), ours, then the tier's `extra`, which wins."""
+    package_root = str(Path(batchinfer.__file__).parent.parent)
+    paths = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]
+    ours = {
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that CUDA's indices are those of nvidia-smi and NVML
+        "PYTHONUNBUFFERED": "1",
+    }
+    fixed = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "PYTHONPATH": os.pathsep.join(paths)}
+    return {**base, **ours, **extra, **fixed}
+
+
+def read_progress(run_dir: RunDir, name: str) -> dict[str, Any]:
+    """The replica's own word on itself; empty before its first."""
+    try:
+        progress: dict[str, Any] = json.loads(run_dir.progress(name).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return progress
+
+
+def write_death(run_dir: RunDir, death: Death) -> None:
+    replace_bytes(run_dir.replica(death.replica) / "died.json", json.dumps(asdict(death)).encode())
+
+
+def read_death(run_dir: RunDir, name: str) -> Death | None:
+    try:
+        return Death(**json.loads((run_dir.replica(name) / "died.json").read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def last_words(log: str) -> str | None:
+    """The last line that the rank which failed first wrote; without ranks (torchrun itself failed) the last line of all."""
+    roots = ROOT_RANK.findall(log)
+    said = [match for match in map(RANK_LINE.match, log.splitlines()) if match]
+    lines = [match[2] for match in said if not roots or match[1] == roots[-1]] or (log.splitlines() if not said else [])
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code} without a word"
+    out_of_memory = "; often the host ran out of memory" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{out_of_memory}"
+
+
+def _tail(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def wait_all(replicas: Sequence[Replica], timeout_s: float) -> bool:
+    """Wait until all are gone; False when some are left at the time-out."""
+    deadline = time.monotonic() + timeout_s
+    while any(replica.exit_code() is None for replica in replicas):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
