@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -62,6 +63,21 @@ class _Draft:
     content: str | list[int]
 
 
+def load_tokenizer(config: Config) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where only token ids go in and come out. Raises ConfigError when one is missing."""
+    path = config.model.path
+    if path is not None and (Path(path) / "tokenizer.json").exists():
+        return Tokenizer.load(path)
+    if config.input.token_ids_column is None:
+        if path is None:
+            raise ConfigError("model.path=null: text prompts need a checkpoint folder with tokenizer.json; without one only"
+                              " input.token_ids_column works")  # fmt: skip
+        return Tokenizer.load(path)  # says what is missing
+    if not config.output.token_ids:
+        raise ConfigError(f"output.token_ids=false: model.path={path} has no tokenizer.json to make text with; set it to true")
+    return None
+
+
 class PromptBuilder:
     """Turns rows into `PreparedRow`s. Holds no state between calls, so that any thread may call `prepare`."""
 
@@ -82,9 +98,6 @@ class PromptBuilder:
         if self._is_chat and chat_template is None:
             key = "input.messages_column" if source.messages_column is not None else "input.apply_chat_template"
             raise ConfigError(f"{key} needs a chat template and the checkpoint has none; give one with model.chat_template")
-        if tokenizer is None and source.token_ids_column is None:
-            raise ConfigError("model.path=null: text prompts need a checkpoint folder with tokenizer.json; without one only"
-                              " input.token_ids_column works")
 
     def prepare(self, table: pa.Table, keys: Sequence[tuple[str, int]]) -> list[PreparedRow]:
         """One PreparedRow for each row of `table`, whose names are `keys` (shard path, row)."""

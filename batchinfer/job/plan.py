@@ -14,10 +14,9 @@ import pyarrow as pa
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, HardwareConfig
 from batchinfer.data.chat import ChatTemplate
-from batchinfer.data.prompts import PromptBuilder, check_columns, columns_needed
+from batchinfer.data.prompts import PromptBuilder, check_columns, columns_needed, load_tokenizer
 from batchinfer.data.reader import InputSet, UnitReader, scan_shards
 from batchinfer.data.schema import RowRange, Shard, Unit, num_rows
-from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
 from batchinfer.memory import MemoryPlan, gib, max_model_len, plan_memory, resolve_hw
@@ -158,10 +157,8 @@ def _count_tokens(config: Config, fitted: Fit, table: pa.Table, keys: Sequence[t
 
 def _prompt_builder(config: Config, fitted: Fit) -> PromptBuilder:
     """As a replica will make it. Raises ConfigError for what is missing or malformed."""
-    path = None if config.input.token_ids_column is not None else config.model.path
-    tokenizer = None if path is None else Tokenizer.load(path)
-    template = None if path is None else ChatTemplate.load(path, config.model.chat_template)
-    return PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
+    template = ChatTemplate.load(config.model.path, config.model.chat_template)
+    return PromptBuilder(config, load_tokenizer(config), template, fitted.max_model_len, fitted.shape.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from batchinfer.config import Config, ConfigError, from_dict
-from batchinfer.engine.engine import Engine, build_engine
+from batchinfer.engine.engine import Engine, build_engine, serve
+from batchinfer.engine.model_runner import build_runner
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
 from batchinfer.job.rundir import RunDir
@@ -79,7 +80,7 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
         shape = load_shape(config.model)
         engine = build_engine(config, shape, parallel, device)
         progress.phases |= engine.phases | {"ready": process_age()}
-        recorder = StepRecorder(arguments.run_dir, name, config.stats_every, GpuSampler.for_device(device.index))
+        recorder = StepRecorder(arguments.run_dir, name, config.stats_every, GpuSampler.start() if device.type == "cuda" else None)
         try:
             complete = work(arguments, manifest, config, name, engine, recorder, progress, shape.vocab_size)
         finally:
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> int:
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when to stop: a lone follower's exit would look like a crash
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            build_engine(config, load_shape(config.model), parallel, device)
+            serve(build_runner(config, load_shape(config.model), parallel, device))
         parallel.close()
         return 0
     except Exception as error:

@@ -20,9 +20,9 @@ import pyarrow as pa
 from batchinfer.config import Config
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
-from batchinfer.data.schema import SCHEMA_VERSION, RowResult, UnitFooter, num_rows
-from batchinfer.data.tokenizer import StopChecker, Tokenizer
-from batchinfer.data.writer import commit_unit, logical_hash, output_schema, unit_table
+from batchinfer.data.schema import RowResult, num_rows
+from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
+from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.engine.sequence import Request, TokenOutput
 from batchinfer.job.claims import ClaimBoard
 from batchinfer.job.manifest import Manifest
@@ -38,12 +38,11 @@ MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system b
 
 @dataclass(slots=True)
 class OpenUnit:
-    """A claimed unit until its commit: the input rows to carry over, and a place for the result of each row."""
+    """A claimed unit until its commit: its rows as they were read, and a place for the result of each row."""
 
     number: int
     keys: list[tuple[str, int]]
     inputs: pa.Table
-    input_hash: str
     results: list[RowResult | None]
     remaining: int
 
@@ -108,8 +107,7 @@ class RequestSource:
         shards = self._manifest.shards
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
         rows = num_rows(unit)
-        kept = table.select(self._manifest.columns)
-        opened = OpenUnit(number, keys, kept, logical_hash(table), [None] * rows, rows)
+        opened = OpenUnit(number, keys, table, [None] * rows, rows)
         for start in range(0, rows, PREPARE_ROWS):
             stop = min(start + PREPARE_ROWS, rows)
             for index, prepared in enumerate(self._builder.prepare(table.slice(start, stop - start), keys[start:stop]), start):
@@ -180,7 +178,7 @@ class CompletionSink:
         self._next_id += 1
         checker = None
         if prepared.sampling.stop and self._tokenizer is not None:
-            checker = StopChecker(prepared.sampling.stop, self._tokenizer.incremental_decoder(), prepared.sampling.min_tokens)
+            checker = StopChecker(prepared.sampling.stop, IncrementalDecoder(self._tokenizer), prepared.sampling.min_tokens)
         self._running[self._next_id] = RunningRow(row.unit, row.index, result, time.monotonic(), checker)
         return Request(self._next_id, prepared.token_ids, prepared.sampling, prepared.seed)
 
@@ -249,8 +247,9 @@ class CompletionSink:
         for result in self._texts_to_decode(results):
             result.completion = self._tokenizer.decode(result.token_ids) if self._tokenizer else None
         table = unit_table(unit.inputs, unit.keys, results, self._config.output, self._replica, self._schema)
+        footer = unit_footer(unit.number, 0, unit.inputs, table, results, self._replica, self._manifest.versions)
         self._before_commit()
-        outcome = commit_unit(self._run_dir, unit.number, 0, table, self._footer(unit, results, table), self._config.output.compression)
+        outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
             return
@@ -260,16 +259,3 @@ class CompletionSink:
     @staticmethod
     def _texts_to_decode(results: list[RowResult]) -> Iterator[RowResult]:
         return (result for result in results if result.error is None and result.completion is None)
-
-    def _footer(self, unit: OpenUnit, results: list[RowResult], table: pa.Table) -> UnitFooter:
-        errors: dict[str, int] = {}
-        for result in results:
-            if result.error:
-                errors[result.error] = errors.get(result.error, 0) + 1
-        return UnitFooter(
-            schema_version=SCHEMA_VERSION, unit=unit.number, generation=0, rows=len(results),
-            prompt_tokens=sum(result.num_prompt_tokens for result in results if not result.error),
-            completion_tokens=sum(len(result.token_ids) for result in results),
-            errors=errors, content_hash=logical_hash(table), input_hash=unit.input_hash, replica=self._replica,
-            versions=self._manifest.versions,
-        )  # fmt: skip

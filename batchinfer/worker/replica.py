@@ -16,11 +16,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from batchinfer.config import Config, ConfigError
+from batchinfer.config import Config
 from batchinfer.data.chat import ChatTemplate
-from batchinfer.data.prompts import PromptBuilder, columns_needed
-from batchinfer.data.reader import UnitReader
-from batchinfer.data.tokenizer import Tokenizer
+from batchinfer.data.columns import columns_to_read
+from batchinfer.data.prompts import PromptBuilder, load_tokenizer
+from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, check_weights, hash_weights
@@ -65,13 +65,14 @@ class Replica:
         self._engine, self._recorder, self._progress = engine, recorder, progress
         self._weights = Background(self._check_weights, "weights-hash")
         self._board = ClaimBoard(run_dir, len(manifest.units), Identity.here(name), config.engine.stall_timeout_s)
-        columns = list(dict.fromkeys([*manifest.columns, *columns_needed(config.input)]))
-        reader = UnitReader(Path(manifest.input_root), manifest.shards, columns)
-        tokenizer = Tokenizer.load(Path(config.model.path)) if has_tokenizer(config) else None
-        template = ChatTemplate.load(config.model) if config.model.path or config.model.chat_template else None
+        root = input_root(manifest, config)
+        schema = pq.read_schema(root / manifest.shards[0].path)
+        reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
+        tokenizer = load_tokenizer(config)
+        template = ChatTemplate.load(config.model.path, config.model.chat_template)
         builder = PromptBuilder(config, tokenizer, template, max_model_len, vocab_size)
         self._source = RequestSource(manifest, self._board, reader, builder, window=2 * config.engine.max_num_seqs)
-        self._sink = CompletionSink(run_dir, manifest, config, name, tokenizer, input_schema(manifest), self._before_commit)
+        self._sink = CompletionSink(run_dir, manifest, config, name, tokenizer, schema, self._before_commit)
         self._stopping = threading.Event()
         self._looked_for_cancel = time.monotonic()
 
@@ -146,29 +147,19 @@ class Replica:
 
     def _gauges(self) -> dict[str, Any]:
         totals, engine = self._sink.totals, self._engine
-        used, total = engine.kv_blocks
+        blocks = engine.scheduler.blocks
         return {
             "rows_done": totals.rows_done, "rows_committed": totals.rows_committed, "units_committed": totals.units_committed,
             "prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens, "errors": dict(totals.errors),
-            "running": engine.num_running, "waiting": engine.num_waiting, "kv_used": used, "kv_total": total,
+            "running": engine.num_running, "waiting": engine.num_waiting, "kv_used": blocks.num_used_blocks, "kv_total": blocks.num_blocks,
         }  # fmt: skip
 
 
-def has_tokenizer(config: Config) -> bool:
-    """Random weights may come without a checkpoint folder; then only token ids can go in, and only token ids come out."""
-    if config.model.path is not None and (Path(config.model.path) / "tokenizer.json").exists():
-        return True
-    if config.input.token_ids_column is not None and config.output.token_ids:
-        return False
-    raise ConfigError(
-        f"model.path={config.model.path} has no tokenizer.json; give a folder that has one, or run on input.token_ids_column "
-        "with output.token_ids=true"
-    )
-
-
-def input_schema(manifest: Manifest) -> Any:
-    """Arrow schema of the input shards, from the first one's footer."""
-    return pq.read_schema(Path(manifest.input_root) / manifest.shards[0].path)
+def input_root(manifest: Manifest, config: Config) -> Path:
+    """Where the shards lie now: a submission may name another place for the same files."""
+    if config.input.paths == manifest.config.input.paths:
+        return Path(manifest.input_root)
+    return scan_shards(config.input.paths).root
 
 
 def process_age() -> float:
