@@ -78,21 +78,17 @@ def _glob(pattern: str) -> list[str]:
     return [match for match in glob.glob(pattern, recursive=True) if private or not os.path.basename(match).startswith("_")]
 
 
-def _walk(folder: str) -> list[str]:
-    """Every `*.parquet` below a folder. Linked folders are followed, each real folder once, so that loops end."""
-    found: list[str] = []
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
-        found += [
-            os.path.join(parent, name) for name in names if name.endswith(".parquet") and not name.startswith((".", "_"))
-        ]
-    return found
+def _walk(folder: str, above: tuple[str, ...] = ()) -> list[str]:
+    """Every `*.parquet` below a folder. Linked folders are followed, except back into one of the folders `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith((".", "_"))]
+    except OSError as error:
+        raise ConfigError(f"input.paths: the folder {folder!r} cannot be listed: {error.strerror}") from error
+    files = [entry.path for entry in entries if not entry.is_dir() and entry.name.endswith(".parquet")]
+    return files + [file for entry in entries if entry.is_dir() for file in _walk(entry.path, (*above, real))]
 
 
 @dataclass(frozen=True)

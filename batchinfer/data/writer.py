@@ -103,8 +103,21 @@ def commit_unit(
 
 def _write(file: IO[bytes], table: pa.Table, footer: UnitFooter, codec: str) -> None:
     with pq.ParquetWriter(file, table.schema, compression=codec) as writer:
-        writer.write_table(table)
+        for group in _row_groups(table):
+            writer.write_table(group)
         writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})
+
+
+def _row_groups(table: pa.Table) -> list[pa.Table]:
+    """The table as one row group, unless its dictionaries have more values together than their index type can number.
+
+    That happens with categories of a byte when shards or row groups have their own. Such a group could be written, but not read.
+    """
+    try:
+        table.unify_dictionaries()
+        return [table]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # too many, or dictionaries inside other types
+        return [pa.Table.from_batches([batch]) for batch in table.to_batches()]
 
 
 def read_footer(path: Path) -> UnitFooter:

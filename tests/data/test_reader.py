@@ -69,12 +69,29 @@ class TestScan:
         assert UnitReader(found.root, found.shards, ["n"]).read((RowRange(0, 1, 3),))["n"].to_pylist() == [1, 2]
         assert len(names(tmp_path / "[x]")) == 2
 
-    def test_linked_folders_are_followed_once(self, tmp_path: Path) -> None:
+    def test_linked_folders_are_followed_but_not_in_circles(self, tmp_path: Path) -> None:
         write(tmp_path / "real/a.parquet")
         (tmp_path / "tree").mkdir()
-        (tmp_path / "tree/link").symlink_to(tmp_path / "real")
-        (tmp_path / "tree/loop").symlink_to(tmp_path / "tree")
-        assert names(tmp_path / "tree") == ["a.parquet"]
+        for name, target in (("link", "real"), ("other", "real"), ("loop", "tree")):
+            (tmp_path / "tree" / name).symlink_to(tmp_path / target)
+        assert names(tmp_path / "tree") == ["link/a.parquet", "other/a.parquet"]
+
+    def test_a_folder_that_cannot_be_listed_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path / "deep/a.parquet")
+        listing = os.scandir
+
+        def scandir(path: str) -> object:
+            if path.endswith("deep"):
+                raise PermissionError(13, "Permission denied", path)
+            return listing(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(ConfigError, match=r"folder '.*deep' cannot be listed: Permission denied"):
+            names(tmp_path)
+
+    def test_datasets_in_folders_that_are_named_like_files(self, tmp_path: Path) -> None:
+        write(tmp_path / "set.parquet/part-0.parquet")
+        assert names(tmp_path) == ["part-0.parquet"]
 
     def test_two_links_to_one_content_are_two_shards(self, tmp_path: Path) -> None:
         blob = write(tmp_path / "blobs/x")

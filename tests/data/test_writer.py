@@ -95,6 +95,18 @@ def test_every_type_survives_the_whole_way(tmp_path: Path) -> None:
     assert logical_hash(read) == logical_hash(written)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_dictionaries_that_differ_between_chunks_stay_readable(tmp_path: Path, nested: bool) -> None:
+    kind = pa.dictionary(pa.int8(), pa.string())  # what pandas makes of a category; 300 values have no common one
+    chunks = [pa.array([f"{group} {i}" for i in range(100)]).cast(kind) for group in range(3)]
+    if nested:
+        chunks = [pa.StructArray.from_arrays([chunk], names=["x"]) for chunk in chunks]
+    inputs = pa.table({"d": pa.chunked_array(chunks)})
+    written, read = round_trip(tmp_path, inputs)
+    assert read["d"].to_pylist() == inputs["d"].to_pylist() and read["d"].type == inputs["d"].type
+    assert logical_hash(read) == logical_hash(written)
+
+
 def test_our_columns(tmp_path: Path) -> None:
     _, read = round_trip(tmp_path, pa.table({"p": ["a", "b"], "row": [7, 8]}), prefix="our_", token_ids=True)
     assert read.column_names == ["p", "row", *(f"our_{field.name}" for field in OUTPUT_FIELDS)]
