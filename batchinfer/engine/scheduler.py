@@ -47,8 +47,7 @@ class Scheduler:
         self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
     ) -> None:
         self.blocks = block_manager
-        # Each running sequence gets a token in the step that admits the next one, so no more than the budget can run.
-        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.watermark = int(WATERMARK * block_manager.num_blocks)
@@ -81,13 +80,14 @@ class Scheduler:
         batch = ScheduledBatch()
         partial = self._schedule_decodes(batch)
         budget = self.max_num_batched_tokens - len(batch.sequences)
-        budget = self._schedule_chunks(batch, partial, budget)
-        if not batch.preempted:  # what just had to give up its blocks would come straight back
-            self._admit(batch, budget)
+        self._admit(batch, self._schedule_chunks(batch, partial, budget))
         return batch
 
     def _schedule_decodes(self, batch: ScheduledBatch) -> list[Sequence]:
-        """Add every sequence that lacks only its last token; return the others, which are still in prefill."""
+        """Add every sequence that lacks only its last token; return the others, which are still in prefill.
+
+        These rows alone never exceed the budget: the step that admitted the last of them had a token for each.
+        """
         block_size = self.blocks.block_size
         partial = []
         for seq in list(self.running.values()):
@@ -129,6 +129,7 @@ class Scheduler:
         return budget
 
     def _admit(self, batch: ScheduledBatch, budget: int) -> None:
+        """Start waiting sequences in order. One that was preempted in this step stays: somebody took a block of its own."""
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             reserve = self.watermark if self.running else 0

@@ -49,7 +49,6 @@ class Simulation:
 
     def step(self) -> list[tuple[int, int]]:
         chosen: list[tuple[int, int]] = []
-        preempted = False
         for seq in list(self.running):
             if seq in self.running and seq[1] - seq[2] == 1:
                 needed = -(-seq[1] // self.block_size)
@@ -58,7 +57,6 @@ class Simulation:
                     del self.held[victim[0]]
                     victim[2] = 0
                     self.waiting.insert(0, victim)
-                    preempted = True
                 if seq in self.running:
                     self.held[seq[0]] = needed
                     chosen.append((seq[0], 1))
@@ -67,7 +65,7 @@ class Simulation:
             left = self.budget - sum(count for _, count in chosen)
             if seq[0] not in decoding and left:
                 chosen.append((seq[0], min(left, seq[1] - seq[2])))
-        while not preempted and self.waiting and len(self.running) < min(self.max_num_seqs, self.budget):
+        while self.waiting and len(self.running) < self.max_num_seqs:
             left = self.budget - sum(count for _, count in chosen)
             needed = -(-self.waiting[0][1] // self.block_size)
             spare = self.num_blocks // 100 if self.running else 0
