@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAY_CHANGE = ("hw", "launcher", "engine", "stats_every", "verbose", "max_error_fraction", "model.path", "input.paths")
 HELP_FLAGS = ("--help", "-h")
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
+INTERRUPTED = 130
 LATER = ("retry", "export", "bench", "profile")
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("batchinfer: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:
@@ -64,19 +65,17 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _run(arguments: list[str]) -> int:
-    from batchinfer.compose import expand_multirun
+    from batchinfer.compose import compose, expand_multirun
 
     flags, overrides = _split(arguments, ("--multirun", "-m", *HYDRA_FLAGS))
     if any(flag.split("=")[0] in HYDRA_FLAGS for flag in flags):
         return _show_config(arguments)
-    combinations = expand_multirun(overrides) if flags else [overrides]
-    return max(_run_one(combination) for combination in combinations)
-
-
-def _run_one(overrides: list[str]) -> int:
-    from batchinfer.compose import compose
-
-    return _submit(compose(overrides))
+    codes = [0]
+    for combination in expand_multirun(overrides) if flags else [overrides]:
+        codes.append(_submit(compose(combination)))
+        if codes[-1] == INTERRUPTED:
+            break
+    return max(codes)
 
 
 def _submit(config: Config) -> int:

@@ -60,8 +60,12 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Config]]:
     """What reaches the launcher, which is a stand-in that places nothing and succeeds."""
     calls: list[tuple[Path, Config]] = []
     launch = types.ModuleType("batchinfer.job.launch")
-    launch.run_job = lambda run_dir, config: calls.append((run_dir.root, config)) or 0  # type: ignore[attr-defined]
-    launch.cancel_jobs = lambda run_dir: None  # type: ignore[attr-defined]
+
+    def run_job(run_dir: RunDir, config: Config) -> int:
+        calls.append((run_dir.root, config))
+        return 0
+
+    launch.__dict__.update(run_job=run_job, cancel_jobs=lambda run_dir: None)
     monkeypatch.setitem(sys.modules, "batchinfer.job.launch", launch)
     return calls
 
@@ -110,6 +114,7 @@ def test_first_run_freezes_and_the_same_command_goes_on(request_words: list[str]
     assert [root for root, _ in placed] == [Path("outputs/r").absolute()] * 2
     assert [config.engine.block_size for _, config in placed] == [16, 32]
     assert placed[0][1].hw.tensor_parallel == 1  # submissions get facts
+    assert manifest.config.model.dtype == "float32"  # auto on this hardware; completions depend on it
 
 
 def test_another_request_in_the_same_folder_is_refused(
@@ -173,11 +178,17 @@ def test_cancel_covers_the_submissions_so_far(request_words: list[str], placed: 
 
 
 def test_interrupt_is_130(request_words: list[str], placed: list[tuple[Path, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(run_dir: RunDir, config: Config) -> int:
+    def raising(run_dir: RunDir, config: Config) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["batchinfer.job.launch"], "run_job", interrupted)
+    def returning(run_dir: RunDir, config: Config) -> int:
+        placed.append((run_dir.root, config))
+        return 130
+
+    monkeypatch.setattr(sys.modules["batchinfer.job.launch"], "run_job", raising)
     assert main(request_words) == 130
+    monkeypatch.setattr(sys.modules["batchinfer.job.launch"], "run_job", returning)
+    assert main([*request_words, "seed=1,2,3", "--multirun"]) == 130 and len(placed) == 1
 
 
 def test_plan_says_what_would_happen(request_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

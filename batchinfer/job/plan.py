@@ -81,8 +81,14 @@ def fit(config: Config) -> Fit:
 
 
 def resolved(config: Config) -> Config:
-    """The config of one submission: hardware as facts. Raises ConfigError when the model does not fit."""
-    return replace(config, hw=_fitting(config).hw)
+    """The config of one submission: hardware and dtype as facts. Raises ConfigError when the model does not fit."""
+    fitted = _fitting(config)
+    return replace(_with_dtype(config, fitted), hw=fitted.hw)
+
+
+def _with_dtype(config: Config, fitted: Fit) -> Config:
+    """What `auto` means depends on the hardware, and completions depend on it: so it is frozen as a fact."""
+    return replace(config, model=replace(config.model, dtype=fitted.dtype))
 
 
 def _fitting(config: Config) -> Fit:
@@ -99,7 +105,9 @@ def freeze(config: Config) -> RunDir:
     """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
-    _prompt_builder(config, _fitting(config))
+    fitted = _fitting(config)
+    _prompt_builder(config, fitted)
+    config = _with_dtype(config, fitted)
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
     request = request_of(config, inputs.shards, inputs.schema)
     if run_dir.manifest_json.exists():
@@ -195,19 +203,20 @@ class PlanReport:
 
     def _work(self) -> list[tuple[str, str]]:
         tokens = self.prompt_tokens
-        how = "" if tokens.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token (no tokenizer)"
+        how = "" if tokens.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token: no tokenizer"
         return [
             ("run directory", str(self.config.output.dir)),
-            ("input", f"{self.rows:,} rows of {self.shards:,} shards in {self.units:,} units"),
-            ("prompt tokens", f"about {tokens.total:,} (from {tokens.sampled:,} rows{how})"),
+            ("input", f"{_count(self.rows, 'row')} of {_count(self.shards, 'shard')} in {_count(self.units, 'unit')}"),
+            ("prompt tokens", f"about {tokens.total:,} (from {_count(tokens.sampled, 'row')}{how})"),
             ("completion tokens", f"at most {self.rows * self.config.sampling.max_tokens:,}"),
         ]
 
     def _layout(self) -> list[tuple[str, str]]:
         hw, nodes = self.fitted.hw, self.config.launcher.nodes
         what = hw.gpu or "CPU process"
-        replicas = f"{nodes * self.replicas_per_node:,} replicas of {int(hw.tensor_parallel):,} ranks (hw.tensor_parallel)"
-        return [("hardware", f"{nodes:,} nodes of {hw.gpus_per_node:,} x {what}"), ("layout", replicas)]
+        replicas = _count(nodes * self.replicas_per_node, "replica")
+        return [("hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"),
+                ("layout", f"{replicas} of {_count(int(hw.tensor_parallel), 'rank')} (hw.tensor_parallel)")]
 
     def _memory(self) -> list[tuple[str, str]]:
         memory = self.fitted.memory
@@ -226,7 +235,16 @@ class PlanReport:
         if seconds is None:
             return []
         gpu_hours = seconds / 3600 * self.config.launcher.nodes * self.fitted.hw.gpus_per_node
-        return [("time", f"at least {seconds / 60:,.1f} minutes, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full completions)")]
+        return [("time", f"at least {_duration(seconds)}, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full completions)")]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next(((size, unit) for size, unit in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * size), (1, "seconds"))
+    return f"{seconds / size:,.1f} {unit}"
 
 
 def plan_report(config: Config) -> PlanReport:
