@@ -251,7 +251,7 @@ def _describe(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"a list of {'integers' if typing.get_args(hint) == (int,) else 'texts'}"
+        return "a list of integers, [1,2]" if typing.get_args(hint) == (int,) else "a list of texts, [a,b]"
     return "a group of names and values" if typing.get_origin(hint) is dict else _TYPE_NAMES[hint]
 
 
@@ -337,6 +337,9 @@ def _check_hw(hw: HardwareConfig) -> None:
             raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or an integer of at least 1")
     elif parallel < 1 or hw.gpus_per_node % parallel:
         raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or divide hw.gpus_per_node={hw.gpus_per_node}")
+    for name, value in hw.env.items():
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{show(f'hw.env.{name}', value)}: must be text or a number")
 
 
 def _check_input(source: InputConfig) -> None:

@@ -109,6 +109,8 @@ def test_single_keys(changes: dict[str, Any], said: str) -> None:
     ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
     ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),
     ({"hw__tensor_parallel": 3, "hw__gpus_per_node": 4}, "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node=4"),
+    ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={'B': 3}: must be text or a number"),
+    ({"hw__env": {"A": None}}, "hw.env.A=null: must be text or a number"),
     ({"hw__tensor_parallel": 0}, "hw.tensor_parallel=0: must be auto or divide"),
     ({"hw__tensor_parallel": "all"}, "hw.tensor_parallel=all: must be auto or an integer"),
     ({"hw__tensor_parallel": True}, "hw.tensor_parallel=true: must be an integer or text"),
