@@ -34,7 +34,8 @@ from batchinfer.job.verify import verify
 from batchinfer.publish import Published
 
 WATCHED: tuple[tuple[Any, str], ...] = (
-    *((os, name) for name in ("open", "write", "close", "fsync", "link", "unlink", "rename", "replace", "mkdir", "listdir", "stat")),
+    (os, "open"), (os, "write"), (os, "fsync"), (os, "close"), (os, "link"), (os, "unlink"), (os, "rename"), (os, "replace"),
+    (os, "mkdir"), (os, "listdir"), (os, "stat"),
     # Arrow's own writes: between them a temporary file is there, and torn.
     (pq.ParquetWriter, "__init__"), (pq.ParquetWriter, "write_table"), (pq.ParquetWriter, "close"),
 )  # fmt: skip
@@ -151,7 +152,7 @@ def for_every_kill(folder: Path, prepare: Callable[[Path], RunDir], action: Call
         shutil.rmtree(run_dir.root, ignore_errors=True)
         if pristine.exists():
             shutil.copytree(pristine, run_dir.root)
-        survived = in_child(lambda: action(run_dir), kill_at=number)  # noqa: B023
+        survived = in_child(lambda: action(run_dir), kill_at=number)
         check(run_dir)
         if survived:
             return number

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DRIVER = Path(__file__).with_name("driver.py")
 
 # At least so many calls are behind each scenario: fewer would mean that the driver no longer sees them.
 LEAST_KILLS = {
@@ -24,12 +23,27 @@ LEAST_KILLS = {
 }
 
 
-@pytest.mark.parametrize("scenario", LEAST_KILLS)
-def test_killed_before_every_call(tmp_path: Path, scenario: str) -> None:
+def run_script(name: str, *arguments: object) -> dict[str, int]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(DRIVER), scenario, str(tmp_path)]
+    command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr[-5000:]
-    kills = json.loads(result.stdout)["kills"]
-    print(f"{scenario}: {kills} kills")
-    assert kills >= LEAST_KILLS[scenario]
+    happened: dict[str, int] = json.loads(result.stdout)
+    print(name, *arguments, happened)
+    return happened
+
+
+@pytest.mark.parametrize("scenario", LEAST_KILLS)
+def test_killed_before_every_call(tmp_path: Path, scenario: str) -> None:
+    assert run_script("driver.py", scenario, tmp_path)["kills"] >= LEAST_KILLS[scenario]
+
+
+def test_workers_racing_under_random_kills(tmp_path: Path) -> None:
+    happened = run_script("race.py", tmp_path, 1, 120)
+    assert happened["kills"] and happened["freezes"] and happened["takeovers"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 22))
+def test_workers_racing_under_random_kills_for_long(tmp_path: Path, seed: int) -> None:
+    assert run_script("race.py", tmp_path, seed, 100)["kills"]
