@@ -1,0 +1,189 @@
+"""Is every input row there exactly once, and is every file what its writer wrote? Trusts names and manifest, nothing else.
+
+One completions file is in memory at a time. Each problem is one line that names the file and the first row at fault.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchinfer.data.columns import columns_to_read
+from batchinfer.data.reader import UnitReader
+from batchinfer.data.schema import SCHEMA_VERSION, Unit, UnitFooter, num_rows
+from batchinfer.data.writer import logical_hash, our_fields, read_footer
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.rundir import RunDir, parse_completion
+
+Key = tuple[str, int, int]  # shard, row, sample
+TIMES = {2: "twice", 3: "three times"}
+
+
+def verify(run_dir: RunDir) -> list[str]:
+    """Problems of a run, one sentence each; empty when every input row is committed exactly once, whole and unchanged.
+
+    Inputs are read again and compared where they can still be reached. Raises ConfigError when there is no run.
+    """
+    return list(dict.fromkeys(_Verifier(run_dir, Manifest.load(run_dir)).problems()))
+
+
+class _Verifier:
+    def __init__(self, run_dir: RunDir, manifest: Manifest):
+        self._run_dir, self._manifest = run_dir, manifest
+        output = manifest.config.output
+        self._prefix = output.prefix
+        inputs = manifest.request["input.schema"]
+        kept = [next(line for line in inputs if line.startswith(f"{name}: ")) for name in manifest.columns]
+        self._columns = kept + [_describe(field) for field in our_fields(output)]
+        self._reader: UnitReader | None = None
+
+    def problems(self) -> Iterator[str]:
+        done = self._run_dir.done_units()
+        units = self._manifest.units
+        yield from self._foreign_files()
+        missing = [unit for unit in range(len(units)) if unit not in done]
+        if missing:
+            rows = sum(num_rows(units[unit]) for unit in missing)
+            yield f"{'unit' if len(missing) == 1 else 'units'} {_ranges(missing)} missing: {rows:,} of {self._total():,} rows"
+        for unit in sorted(done.keys() & set(range(len(units)))):
+            path = self._run_dir.completion(unit, done[unit])
+            for problem in self._file_problems(path, unit, done[unit]):
+                yield f"completions/{path.name}: {problem}"
+
+    def _total(self) -> int:
+        return sum(num_rows(unit) for unit in self._manifest.units)
+
+    def _foreign_files(self) -> Iterator[str]:
+        for name in sorted(os.listdir(self._run_dir.completions)):
+            parsed = parse_completion(name)
+            if parsed is None and not name.startswith("."):  # dotted: temporaries of killed writers, and NFS's own
+                yield f"completions/{name}: not the name of a completions file"
+            elif parsed is not None and parsed[0] >= len(self._manifest.units):
+                yield f"completions/{name}: this run has no unit {parsed[0]}, only {len(self._manifest.units):,} units"
+
+    def _file_problems(self, path: Path, unit: int, generation: int) -> Iterator[str]:
+        try:
+            footer = read_footer(path)
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            yield f"cannot be read, torn or damaged ({_one_line(error.__cause__ or error)})"
+            return
+        columns = [_describe(field) for field in table.schema]
+        if columns != self._columns:
+            yield _column_problem(columns, self._columns)
+            return
+        if logical_hash(table) != footer.content_hash:
+            yield "its rows are not those that were written: the content hash differs"
+        yield from self._footer_problems(footer, table, unit, generation)
+        misplaced = list(_key_problems(self._keys(table), self._expected_keys(self._manifest.units[unit])))
+        yield from misplaced or self._input_problems(footer, table, self._manifest.units[unit])
+
+    def _footer_problems(self, footer: UnitFooter, table: pa.Table, unit: int, generation: int) -> Iterator[str]:
+        errors = Counter(table[self._prefix + "error"].drop_null().to_pylist())
+        for name, expected in (
+            ("schema_version", SCHEMA_VERSION),
+            ("unit", unit),
+            ("generation", generation),
+            ("rows", table.num_rows),
+            ("prompt_tokens", self._sum(table, "num_prompt_tokens")),
+            ("completion_tokens", self._sum(table, "num_completion_tokens")),
+            ("errors", dict(errors)),
+        ):
+            if getattr(footer, name) != expected:
+                yield f"its footer says {name} {getattr(footer, name)}, it should be {expected}"
+
+    def _sum(self, table: pa.Table, name: str) -> int:
+        return pc.sum(table[self._prefix + name]).as_py() or 0
+
+    def _keys(self, table: pa.Table) -> list[Key]:
+        columns = (table[self._prefix + name].to_pylist() for name in ("shard", "row", "sample"))
+        return list(zip(*columns, strict=True))
+
+    def _expected_keys(self, unit: Unit) -> list[Key]:
+        shards = self._manifest.shards
+        return [(shards[r.shard].path, row, 0) for r in unit for row in range(r.start, r.stop)]
+
+    def _input_problems(self, footer: UnitFooter, table: pa.Table, unit: Unit) -> Iterator[str]:
+        """Reads the unit's input again, unless it has been moved away."""
+        root = Path(self._manifest.input_root)
+        if not all((root / self._manifest.shards[r.shard].path).exists() for r in unit):
+            return
+        try:
+            inputs = self._open_reader(root, unit).read(unit)
+        except (RuntimeError, OSError, pa.ArrowException) as error:  # InputChanged, damaged pages, a file that is no Parquet
+            yield f"its input cannot be compared: {_one_line(error)}"
+            return
+        if logical_hash(inputs) != footer.input_hash:
+            yield f"its input is not what was read when it was made: rows of {self._name(unit)} have changed"
+        kept = self._manifest.columns
+        if kept and logical_hash(inputs.select(kept)) != logical_hash(table.select(kept)):
+            yield f"its input columns differ from the input: {self._name(unit)}"
+
+    def _open_reader(self, root: Path, unit: Unit) -> UnitReader:
+        if self._reader is None:
+            manifest = self._manifest
+            schema = pq.read_schema(root / manifest.shards[unit[0].shard].path)
+            columns = columns_to_read(manifest.config.input, schema, manifest.columns)
+            self._reader = UnitReader(root, manifest.shards, columns)
+        return self._reader
+
+    def _name(self, unit: Unit) -> str:
+        return ", ".join(dict.fromkeys(self._manifest.shards[r.shard].path for r in unit))
+
+
+def _key_problems(found: list[Key], expected: list[Key]) -> Iterator[str]:
+    """At most one line for each way of being wrong. `expected` has no duplicates."""
+    if found == expected:
+        return
+    counts, wanted = Counter(found), set(expected)
+    doubled = [(key, f"appears {TIMES.get(n, f'{n} times')}") for key, n in counts.items() if n > 1]
+    missing = [(key, "is missing") for key in expected if key not in counts]
+    foreign = [(key, "does not belong to this unit") for key in counts if key not in wanted]
+    if not (doubled or missing or foreign):
+        misplaced = [(key, "is out of order") for key, right in zip(found, expected, strict=True) if key != right]
+        yield from _first(misplaced)
+    for problems in (doubled, missing, foreign):
+        yield from _first(problems)
+
+
+def _first(problems: list[tuple[Key, str]]) -> Iterator[str]:
+    if problems:
+        (shard, row, sample), what = problems[0]
+        more = f" (and so for {len(problems) - 1:,} more rows)" if len(problems) > 1 else ""
+        yield f"row {row} of shard {shard}{f', sample {sample},' if sample else ''} {what}{more}"
+
+
+def _column_problem(found: list[str], expected: list[str]) -> str:
+    for name, want in zip(found, expected, strict=False):
+        if name != want:
+            return f"column {name!r} stands where {want!r} belongs"
+    if len(found) < len(expected):
+        return f"column {expected[len(found)]!r} is missing"
+    return f"column {found[len(expected)]!r} does not belong"
+
+
+def _describe(field: pa.Field) -> str:
+    return f"{field.name}: {field.type}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 2-5, 9"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())

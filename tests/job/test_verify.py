@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchinfer.config import Config, ConfigError, from_dict
+from batchinfer.data.reader import UnitReader, scan_shards
+from batchinfer.data.schema import RowRange, RowResult, UnitFooter
+from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
+from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.rundir import RunDir
+from batchinfer.job.verify import verify
+from batchinfer.publish import temporary
+
+# Rows 0-7 of a.parquet and 0-3 of b.parquet; unit 1 spans both.
+UNITS = ((RowRange(0, 0, 5),), (RowRange(0, 5, 8), RowRange(1, 0, 2)), (RowRange(1, 2, 4),), (RowRange(1, 4, 5),))
+Keys = list[tuple[str, int]]
+
+
+def write_inputs(folder: Path, word: str = "prompt") -> None:
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("a", 8), ("b", 5)):
+        table = pa.table({"id": pa.array(range(rows), pa.int16()), "prompt": [f"{word} {name} {i}" for i in range(rows)]})
+        pq.write_table(table, folder / f"{name}.parquet")
+
+
+def config_of(data: Path) -> Config:
+    source = {"prompt_column": "prompt", "paths": [str(data)]}
+    return from_dict({"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"]}})
+
+
+def commit(run_dir: RunDir, unit: int, generation: int = 0, keys: Callable[[Keys], Keys] = list,
+           change: Callable[[pa.Table], pa.Table] = lambda table: table, said: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Commits a unit as a replica does, or with something wrong in it."""
+    manifest = Manifest.load(run_dir)
+    root, output = Path(manifest.input_root), manifest.config.output
+    inputs = UnitReader(root, manifest.shards, ["id", "prompt"]).read(manifest.units[unit])
+    all_keys = keys([(manifest.shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)])
+    results = [RowResult(3, "text", [1, 2], "stop") for _ in all_keys]
+    results[0] = RowResult(0, error="null_prompt", error_message="the prompt is null")
+    kept = inputs.select(["id"]).take([i % len(inputs) for i in range(len(all_keys))])
+    schema = output_schema(pq.read_schema(root / "a.parquet"), ["id"], output)
+    table = unit_table(kept, all_keys, results, output, "r0", schema)
+    footer: UnitFooter = unit_footer(unit, generation, inputs, table, results, "r0", {})
+    commit_unit(run_dir, unit, generation, change(table), dataclasses.replace(footer, **said or {}), "zstd")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    run_dir, data = RunDir(tmp_path / "run"), tmp_path / "data"
+    write_inputs(data)
+    inputs, config = scan_shards([str(data)]), config_of(data)
+    Manifest.create(run_dir, config, inputs, ["id"], UNITS, request_of(config, inputs.shards, inputs.schema))
+    return run_dir
+
+
+@pytest.fixture
+def done(run_dir: RunDir) -> RunDir:
+    for unit in range(len(UNITS)):
+        commit(run_dir, unit)
+    return run_dir
+
+
+def recommit(run_dir: RunDir, unit: int, **how: Any) -> list[str]:
+    run_dir.completion(unit, 0).unlink()
+    commit(run_dir, unit, **how)
+    return verify(run_dir)
+
+
+def test_a_whole_run_is_clean(done: RunDir) -> None:
+    assert verify(done) == []
+
+
+def test_there_must_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        verify(RunDir(tmp_path))
+
+
+def test_missing_units_are_named_compactly(run_dir: RunDir) -> None:
+    assert verify(run_dir) == ["units 0-3 missing: 13 of 13 rows"]
+    commit(run_dir, 2)
+    assert verify(run_dir) == ["units 0-1, 3 missing: 11 of 13 rows"]
+    commit(run_dir, 0)
+    commit(run_dir, 1)
+    assert verify(run_dir) == ["unit 3 missing: 1 of 13 rows"]
+
+
+def test_every_truncation_is_found_and_named(done: RunDir) -> None:
+    path = done.completion(1, 0)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        (problem,) = verify(done)
+        assert problem.startswith("completions/000001.0.parquet: cannot be read, torn or damaged (") and "\n" not in problem
+
+
+def test_no_flipped_byte_of_the_data_goes_unnoticed(done: RunDir) -> None:
+    path = done.completion(1, 0)
+    whole = path.read_bytes()
+    metadata = pq.read_metadata(path)
+    column = metadata.row_group(0).column(metadata.schema.names.index("our_completion"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    for offset in range(start, start + column.total_compressed_size, 3):
+        flipped = bytearray(whole)
+        flipped[offset] ^= 0x10
+        path.write_bytes(flipped)
+        problems = verify(done)
+        if pq_equal(path, whole, done):
+            continue  # the byte carries no value, such as a statistic
+        assert problems and all("000001.0.parquet" in problem for problem in problems)
+
+
+def pq_equal(path: Path, whole: bytes, run_dir: RunDir) -> bool:
+    original = run_dir.root / "original.parquet"
+    original.write_bytes(whole)
+    try:
+        return bool(pq.ParquetFile(path).read().equals(pq.ParquetFile(original).read()))
+    except (OSError, ValueError, pa.ArrowException):
+        return False
+
+
+@pytest.mark.parametrize("keys, problem", [
+    (lambda k: [*k[:1], k[0], *k[2:]], ["row 5 of shard a.parquet appears twice", "row 6 of shard a.parquet is missing"]),
+    (lambda k: k[:-1], ["row 1 of shard b.parquet is missing"]),
+    (lambda k: k[:1], ["row 6 of shard a.parquet is missing (and so for 3 more rows)"]),
+    (lambda k: [*k, k[-1]], ["row 1 of shard b.parquet appears twice"]),
+    (lambda k: [k[0], k[2], k[1], *k[3:]], ["row 7 of shard a.parquet is out of order (and so for 1 more rows)"]),
+    (lambda k: [*k, ("b.parquet", 2)], ["row 2 of shard b.parquet does not belong to this unit"]),
+    (lambda k: [("a.parquet", 9), *k[1:]], ["row 5 of shard a.parquet is missing",
+                                            "row 9 of shard a.parquet does not belong to this unit"]),
+])  # fmt: skip
+def test_the_row_at_fault_is_named(done: RunDir, keys: Callable[[Keys], Keys], problem: list[str]) -> None:
+    assert recommit(done, 1, keys=keys) == [f"completions/000001.0.parquet: {line}" for line in problem]
+
+
+def test_values_changed_after_the_hash_was_taken(done: RunDir) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index("our_completion")
+        return table.set_column(index, table.schema.field(index), pa.array(["other"] * len(table)))
+
+    assert recommit(done, 1, change=change) == [
+        "completions/000001.0.parquet: its rows are not those that were written: the content hash differs"
+    ]
+
+
+def test_input_columns_of_other_rows_are_found(done: RunDir) -> None:
+    (problem,) = recommit(done, 2, said={"input_hash": "0"})
+    assert "its input is not what was read when it was made: rows of b.parquet have changed" in problem
+    path = done.completion(2, 0)
+    path.unlink()
+    shutil.copy(done.completion(0, 0), path)
+    problems = verify(done)
+    assert "completions/000002.0.parquet: its footer says unit 0, it should be 2" in problems
+    assert "completions/000002.0.parquet: row 2 of shard b.parquet is missing (and so for 1 more rows)" in problems
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda t: t.drop_columns(["our_error"]), "column 'our_error_message: string' stands where 'our_error: string' belongs"),
+    (lambda t: t.drop_columns(["our_step_last"]), "column 'our_step_last: int64' is missing"),
+    (lambda t: t.append_column("more", t["id"]), "column 'more: int16' does not belong"),
+    (lambda t: t.set_column(0, "id", t["id"].cast(pa.int64())), "column 'id: int64' stands where 'id: int16' belongs"),
+])  # fmt: skip
+def test_a_wrong_schema(done: RunDir, change: Callable[[pa.Table], pa.Table], problem: str) -> None:
+    assert recommit(done, 1, change=change) == [f"completions/000001.0.parquet: {problem}"]
+
+
+@pytest.mark.parametrize("name, value, right", [
+    ("prompt_tokens", 1, 12), ("completion_tokens", 1, 8), ("rows", 6, 5), ("unit", 2, 1), ("generation", 1, 0),
+    ("schema_version", 0, 1), ("errors", {}, {"null_prompt": 1}),
+])  # fmt: skip
+def test_footer_totals(done: RunDir, name: str, value: Any, right: Any) -> None:
+    expected = f"completions/000001.0.parquet: its footer says {name} {value}, it should be {right}"
+    assert recommit(done, 1, said={name: value}) == [expected]
+
+
+def test_foreign_files(done: RunDir) -> None:
+    (done.completions / "notes.txt").touch()
+    (done.completions / "42.0.parquet").touch()
+    shutil.copy(done.completion(0, 0), done.completion(9, 0))
+    temporary(done.completion(0, 1)).touch()  # a killed writer's: nobody's problem
+    assert verify(done) == [
+        "completions/000009.0.parquet: this run has no unit 9, only 4 units",
+        "completions/42.0.parquet: not the name of a completions file",
+        "completions/notes.txt: not the name of a completions file",
+    ]
+
+
+def test_the_highest_generation_counts(done: RunDir) -> None:
+    commit(done, 1, generation=1)
+    assert verify(done) == [], "the lower one is a crash's remnant"
+    done.completion(1, 0).write_bytes(b"")
+    assert verify(done) == []
+    done.completion(1, 1).write_bytes(b"")
+    assert [problem[:28] for problem in verify(done)] == ["completions/000001.1.parquet"]
+
+
+def test_changed_inputs_are_named_once_per_file_and_absent_ones_left_alone(done: RunDir, tmp_path: Path) -> None:
+    write_inputs(tmp_path / "data", "PROMPT changed")
+    problems = verify(done)
+    assert len(problems) == 4 and all("its input cannot be compared" in p and "has changed since" in p for p in problems)
+    shutil.rmtree(tmp_path / "data")
+    assert verify(done) == []
