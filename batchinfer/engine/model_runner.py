@@ -46,6 +46,7 @@ class ModelRunner:
         device: torch.device,
         num_blocks: int,
     ) -> None:
+        self.shape = shape
         self.model = model
         self.parallel = parallel
         self.max_model_len = max_model_len

@@ -1,0 +1,79 @@
+"""However the work is cut, the tokens are the same: exact, because the arithmetic is float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from batchinfer.model.parallel import TensorParallel
+from tests.checkpoints import make_checkpoint
+
+from batchinfer.engine.model_runner import ModelRunner, build_runner
+from batchinfer.engine.sequence import Request
+from batchinfer.model.config import load_shape
+from tests.engine.engines import CPU, complete, config_for, engine_with, make_requests
+
+GREEDY = {"ignore_eos": True}
+SAMPLED = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path) -> ModelRunner:
+    config = config_for(checkpoint)
+    return build_runner(config, load_shape(config.model), TensorParallel.single(), CPU)
+
+
+@pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def requests(request: pytest.FixtureRequest, runner: ModelRunner) -> list[Request]:
+    return make_requests(24, runner.shape.vocab_size, **request.param)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(runner: ModelRunner, requests: list[Request]) -> dict[int, list[int]]:
+    """Each request alone, its prompt in one piece."""
+    engine = engine_with(runner, budget=64)
+    completions = {request.request_id: complete(engine, [request])[0][request.request_id] for request in requests}
+    assert all(len(completions[r.request_id]) == r.sampling.max_tokens for r in requests)
+    return completions
+
+
+def test_continuous_batching_equals_one_by_one(
+    runner: ModelRunner, requests: list[Request], one_by_one: dict[int, list[int]]
+) -> None:
+    assert complete(engine_with(runner, max_num_seqs=16, budget=64), requests)[0] == one_by_one
+
+
+@pytest.mark.parametrize("budget", [1, 3, 7])
+def test_chunked_prefill_equals_whole(
+    runner: ModelRunner, requests: list[Request], one_by_one: dict[int, list[int]], budget: int
+) -> None:
+    some = requests[:8]
+    assert complete(engine_with(runner, budget=budget), some)[0] == {r.request_id: one_by_one[r.request_id] for r in some}
+
+
+def test_preemption_changes_nothing(runner: ModelRunner, requests: list[Request], one_by_one: dict[int, list[int]]) -> None:
+    completions, preempted = complete(engine_with(runner, num_blocks=24, budget=64), requests)
+    assert preempted > 3
+    assert completions == one_by_one
+
+
+def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path, runner: ModelRunner) -> None:
+    from transformers import AutoModelForCausalLM
+
+    oracle = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
+    requests = make_requests(24, runner.shape.vocab_size, ignore_eos=True)
+    completions, _ = complete(engine_with(runner), requests)
+    for request in requests:
+        prompt = torch.tensor([request.prompt_token_ids])
+        new = request.sampling.max_tokens
+        whole = oracle.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )
+        assert completions[request.request_id] == whole[0, prompt.shape[1] :].tolist()

@@ -1,0 +1,52 @@
+"""Two ranks over gloo, driven by rank 0, give the tokens of one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from batchinfer.model.parallel import TensorParallel, init_distributed
+from tests.checkpoints import make_checkpoint
+
+from batchinfer.engine.engine import build_engine, serve
+from batchinfer.engine.model_runner import build_runner
+from batchinfer.engine.sequence import Request
+from batchinfer.model.config import load_shape
+from tests.engine.engines import CPU, complete, config_for, make_requests
+
+
+def requests_for(vocab_size: int) -> list[Request]:
+    greedy = make_requests(6, vocab_size, ignore_eos=True)
+    drawn = make_requests(12, vocab_size, ignore_eos=True, temperature=0.8)[6:]
+    return greedy + drawn
+
+
+def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    config = config_for(checkpoint)
+    shape = load_shape(config.model)
+    parallel = init_distributed(CPU)
+    if rank == 0:
+        engine = build_engine(config, shape, parallel, CPU)
+        torch.save(complete(engine, requests_for(shape.vocab_size))[0], answer)
+        engine.close()
+    else:
+        serve(build_runner(config, shape, parallel, CPU))
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    checkpoint, answer = make_checkpoint(tmp_path / "checkpoint"), tmp_path / "answer.pt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(2, port, checkpoint, answer), nprocs=2)
+    config = config_for(checkpoint)
+    shape = load_shape(config.model)
+    engine = build_engine(config, shape, TensorParallel.single(), CPU)
+    assert torch.load(answer) == complete(engine, requests_for(shape.vocab_size))[0]
