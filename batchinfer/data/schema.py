@@ -32,6 +32,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
 # Why a row has no completion. A bad row is a row: finish_reason "error", one of these codes, and a sentence.
 ERROR_CODES = (
     "null_prompt",  # the prompt, messages or token-id value is null
+    "bad_prompt",  # text that is not valid Unicode
     "empty_prompt",  # no token at all, and the tokenizer has no token to begin with
     "prompt_too_long",
     "template_error",  # prompt_template or the chat template raised

@@ -90,6 +90,13 @@ class RunDir:
     def progress(self, replica: str) -> Path:
         return self.replica(replica) / "progress.json"
 
+    def submission(self, number: int) -> Path:
+        return self.submissions / f"{number:02d}"
+
+    def submission_json(self, number: int) -> Path:
+        """What a submission was asked: its effective config, so that a resume may change hardware and engine."""
+        return self.submission(number) / "submission.json"
+
     def create(self) -> None:
         """Make the folders and check that they can hold a run. Raises ConfigError when they cannot."""
         try:
@@ -103,9 +110,9 @@ class RunDir:
     def new_submission(self) -> tuple[int, Path]:
         """The next submission number and its new folder. Two callers never get the same."""
         number = max((int(name) for name in os.listdir(self.submissions) if name.isdecimal()), default=0) + 1
-        while not _mkdir(self.submissions / f"{number:02d}"):
+        while not _mkdir(self.submission(number)):
             number += 1
-        return number, self.submissions / f"{number:02d}"
+        return number, self.submission(number)
 
     def new_replica(self, base: str) -> str:
         """A replica name that nobody has used in this run, with its new folder: `base`, `base.1`, `base.2`, ..."""

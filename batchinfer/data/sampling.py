@@ -1,0 +1,59 @@
+"""Sampling of single rows: what `input.sampling_column` overrides, held to the same rules as the sampling group itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from batchinfer.config import ConfigError, SamplingConfig, _build
+from batchinfer.engine.sequence import SamplingParams
+
+_INTEGERS = {name for name, hint in typing.get_type_hints(SamplingConfig).items() if int in (hint, *typing.get_args(hint))}
+_PARAMS = {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+class BadSampling(ValueError):
+    """A row's overrides are not valid: one sentence."""
+
+
+def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
+    """`base` with a row's overrides: a mapping, JSON text of one, or None. Null fields override nothing. Raises BadSampling."""
+    if isinstance(override, str):
+        try:
+            override = json.loads(override)
+        except (ValueError, RecursionError) as error:
+            raise BadSampling(f"sampling overrides are not JSON: {error}") from error
+    if override is None:
+        return base
+    if not isinstance(override, Mapping):
+        raise BadSampling(f"sampling overrides must be an object of sampling keys, not {type(override).__name__}")
+    given = {key: _whole(key, value) for key, value in override.items() if value is not None}
+    return _checked(dataclasses.asdict(base) | given) if given else base
+
+
+def _whole(key: str, value: object) -> object:
+    """Integers come as floats out of data frames with gaps: 64.0 is 64."""
+    return int(value) if key in _INTEGERS and isinstance(value, float) and value.is_integer() else value
+
+
+def _checked(values: dict[str, Any]) -> SamplingConfig:
+    try:
+        sampling: SamplingConfig = _build(SamplingConfig, values, "sampling.")
+    except ConfigError as error:
+        raise BadSampling(str(error)) from error
+    if sampling.min_tokens > sampling.max_tokens:
+        raise BadSampling(f"sampling.min_tokens={sampling.min_tokens}: must be at most sampling.max_tokens={sampling.max_tokens}")
+    if "" in sampling.stop:
+        raise BadSampling("sampling.stop: a stop string must not be empty")
+    return sampling
+
+
+def to_params(sampling: SamplingConfig, max_tokens: int, vocab_size: int) -> SamplingParams:
+    """What the engine is asked: at most `max_tokens` tokens, and numbers no larger than they can matter."""
+    values = {name: value for name, value in dataclasses.asdict(sampling).items() if name in _PARAMS}
+    limit = min(sampling.max_tokens, max_tokens)
+    cut = {"max_tokens": limit, "min_tokens": min(sampling.min_tokens, limit), "top_k": min(sampling.top_k, vocab_size)}
+    return SamplingParams(**values | cut | {"stop": tuple(sampling.stop), "stop_token_ids": tuple(sampling.stop_token_ids)})
