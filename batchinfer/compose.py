@@ -218,8 +218,14 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def show_with_hydra(arguments: Sequence[str]) -> None:
-    """Hands --help, --cfg, --info and their like to Hydra, on our config."""
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuses overrides that name no key or no choice. Raises ConfigError."""
+    for override in _parse(overrides):
+        _checked(override)
+
+
+def show_with_hydra(arguments: Sequence[str]) -> int:
+    """Hands --help, --cfg, --info and their like to Hydra, on our config. Returns its exit code."""
     import hydra
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -230,5 +236,8 @@ def show_with_hydra(arguments: Sequence[str]) -> None:
     before, sys.argv = sys.argv, ["batchinfer", *arguments]
     try:
         nothing()
+    except SystemExit as stopped:  # Hydra's way to end what shows something
+        return int(stopped.code or 0)
     finally:
         sys.argv = before
+    return 0

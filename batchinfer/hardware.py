@@ -21,15 +21,15 @@ class GPU:
     memory_gib: float
     bandwidth_gb_s: float
     tflops: float
-    nvml_name: str  # part of the name that the driver gives it
+    nvml_name: str  # as the driver calls it, to the letter: variants differ in memory and speed
     source: str
 
 
 GPUS = {
-    "rtx4090": GPU(23.5, 1008, 165.2, "RTX 4090", "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-    "a100-80gb": GPU(79.1, 2039, 312, "A100-SXM4-80GB", "NVIDIA A100 80GB SXM datasheet"),
-    "h100": GPU(79.1, 3350, 989, "H100 80GB HBM3", "NVIDIA H100 SXM datasheet (half of the figure with sparsity)"),
-    "h200": GPU(139.7, 4800, 989, "H200", "NVIDIA H200 SXM datasheet (half of the figure with sparsity)"),
+    "rtx4090": GPU(23.5, 1008, 165.2, "NVIDIA GeForce RTX 4090", "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+    "a100-80gb": GPU(79.1, 2039, 312, "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB SXM datasheet"),
+    "h100": GPU(79.1, 3350, 989, "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM datasheet (half of the figure with sparsity)"),
+    "h200": GPU(139.7, 4800, 989, "NVIDIA H200", "NVIDIA H200 SXM datasheet (half of the figure with sparsity)"),
 }
 
 
@@ -101,7 +101,7 @@ def _first_slice(nvml: Any, handle: Any) -> Any:
 
 def _describe(nvml: Any, handle: Any) -> VisibleGPU:
     name = nvml.nvmlDeviceGetName(handle)
-    known = None if "MIG" in name else next((gpu for gpu, facts in GPUS.items() if facts.nvml_name in name), None)
+    known = next((gpu for gpu, facts in GPUS.items() if facts.nvml_name == name), None)
     return VisibleGPU(known or name, int(nvml.nvmlDeviceGetMemoryInfo(handle).total), nvml.nvmlDeviceGetUUID(handle))
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, HardwareConfig
@@ -83,18 +82,33 @@ def fit(config: Config) -> Fit:
 
 
 def resolved(config: Config) -> Config:
-    """The config of one submission: hardware as facts. Raises ConfigError when the model does not fit."""
+    """The config of one submission: hardware and dtype as facts. Raises ConfigError when the model does not fit."""
+    fitted = _fitting(config)
+    return replace(_with_dtype(config, fitted), hw=fitted.hw)
+
+
+def _with_dtype(config: Config, fitted: Fit) -> Config:
+    """What `auto` means depends on the hardware, and completions depend on it: so it is frozen as a fact."""
+    return replace(config, model=replace(config.model, dtype=fitted.dtype))
+
+
+def _fitting(config: Config) -> Fit:
     fitted = fit(config)
     if not fitted.memory.fits:
         raise ConfigError(fitted.memory.explain())
-    return replace(config, hw=fitted.hw)
+    return fitted
 
 
 def freeze(config: Config) -> RunDir:
-    """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another."""
+    """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another.
+
+    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates.
+    """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
-    resolved(config)
+    fitted = _fitting(config)
+    _prompt_builder(config, fitted)
+    config = _with_dtype(config, fitted)
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
     request = request_of(config, inputs.shards, inputs.schema)
     if run_dir.manifest_json.exists():
@@ -110,12 +124,12 @@ def freeze(config: Config) -> RunDir:
 def _same_units(config: Config, manifest: Manifest) -> None:
     frozen = manifest.config.input.rows_per_unit
     if config.input.rows_per_unit != frozen:
-        raise ConfigError(f"input.rows_per_unit={config.input.rows_per_unit}: must stay {frozen}, with which this run's units were cut")
+        raise ConfigError(f"input.rows_per_unit={config.input.rows_per_unit}: must stay {frozen}, as this run's units were cut")
 
 
 @dataclass(frozen=True)
 class TokenEstimate:
-    """Prompt tokens of a whole input, from `sampled` of its rows; `counted` by the tokenizer, else guessed from the text's length."""
+    """Prompt tokens of a whole input, from `sampled` of its rows; `counted` by the tokenizer, else guessed from their bytes."""
 
     total: int
     sampled: int
@@ -124,7 +138,7 @@ class TokenEstimate:
 
 def estimate_prompt_tokens(config: Config, inputs: InputSet, units: Sequence[Unit], fitted: Fit) -> TokenEstimate:
     """Reads a few rows at evenly spaced places and scales their tokens up."""
-    columns = columns_needed(config.input)
+    columns = columns_needed(config.input, inputs.schema)
     places = list(_sample_places(units))
     if not places:
         return TokenEstimate(0, 0, True)
@@ -132,33 +146,30 @@ def estimate_prompt_tokens(config: Config, inputs: InputSet, units: Sequence[Uni
     table = pa.concat_tables([reader.read((place,)) for place in places])
     keys = [(inputs.shards[place.shard].path, row) for place in places for row in range(place.start, place.stop)]
     counted = _count_tokens(config, fitted, table, keys)
-    tokens = _guess_tokens(table) if counted is None else counted
+    tokens = table.nbytes // BYTES_PER_TOKEN if counted is None else counted
     total = sum(num_rows(unit) for unit in units)
     return TokenEstimate(round(tokens / len(keys) * total), len(keys), counted is not None)
 
 
 def _sample_places(units: Sequence[Unit]) -> Iterator[RowRange]:
-    for unit in units[:: max(1, len(units) // SAMPLE_PLACES)][:SAMPLE_PLACES]:
+    count = min(SAMPLE_PLACES, len(units))
+    for unit in (units[i * len(units) // count] for i in range(count)):
         yield replace(unit[0], stop=min(unit[0].stop, unit[0].start + SAMPLE_ROWS))
 
 
 def _count_tokens(config: Config, fitted: Fit, table: pa.Table, keys: Sequence[tuple[str, int]]) -> int | None:
-    """Prompt tokens of the sampled rows as the run will see them; None without a tokenizer."""
-    path = config.model.path
-    if config.input.token_ids_column is None and (path is None or not (Path(path) / "tokenizer.json").is_file()):
+    """Prompt tokens of the sampled rows as the run will see them; None for text without a tokenizer."""
+    if config.model.path is None and config.input.token_ids_column is None:
         return None
-    tokens_given = config.input.token_ids_column is not None
-    tokenizer = None if tokens_given or path is None else Tokenizer.load(path)
-    template = None if tokens_given or path is None else ChatTemplate.load(path, config.model.chat_template)
-    builder = PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
-    return sum(row.num_prompt_tokens for row in builder.prepare(table, keys))
+    return sum(row.num_prompt_tokens for row in _prompt_builder(config, fitted).prepare(table, keys))
 
 
-def _guess_tokens(table: pa.Table) -> int:
-    """From the size of the text in the prompt's columns."""
-    return int(sum(pc.sum(pc.binary_length(column.cast(pa.string()))).as_py() or 0
-                   for column in table.columns if pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-               ) // BYTES_PER_TOKEN
+def _prompt_builder(config: Config, fitted: Fit) -> PromptBuilder:
+    """As a replica will make it. Raises ConfigError for what is missing or malformed."""
+    path = None if config.input.token_ids_column is not None else config.model.path
+    tokenizer = None if path is None else Tokenizer.load(path)
+    template = None if path is None else ChatTemplate.load(path, config.model.chat_template)
+    return PromptBuilder(config, tokenizer, template, fitted.max_model_len, fitted.shape.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -195,19 +206,20 @@ class PlanReport:
 
     def _work(self) -> list[tuple[str, str]]:
         tokens = self.prompt_tokens
-        how = "" if tokens.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token (no tokenizer)"
+        how = "" if tokens.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token: no tokenizer"
         return [
             ("run directory", str(self.config.output.dir)),
-            ("input", f"{self.rows:,} rows of {self.shards:,} shards in {self.units:,} units"),
-            ("prompt tokens", f"about {tokens.total:,} (from {tokens.sampled:,} rows{how})"),
+            ("input", f"{_count(self.rows, 'row')} of {_count(self.shards, 'shard')} in {_count(self.units, 'unit')}"),
+            ("prompt tokens", f"about {tokens.total:,} (from {_count(tokens.sampled, 'row')}{how})"),
             ("completion tokens", f"at most {self.rows * self.config.sampling.max_tokens:,}"),
         ]
 
     def _layout(self) -> list[tuple[str, str]]:
         hw, nodes = self.fitted.hw, self.config.launcher.nodes
         what = hw.gpu or "CPU process"
-        replicas = f"{nodes * self.replicas_per_node:,} replicas of {int(hw.tensor_parallel):,} ranks (hw.tensor_parallel)"
-        return [("hardware", f"{nodes:,} nodes of {hw.gpus_per_node:,} x {what}"), ("layout", replicas)]
+        replicas = _count(nodes * self.replicas_per_node, "replica")
+        return [("hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"),
+                ("layout", f"{replicas} of {_count(int(hw.tensor_parallel), 'rank')} (hw.tensor_parallel)")]
 
     def _memory(self) -> list[tuple[str, str]]:
         memory = self.fitted.memory
@@ -226,11 +238,20 @@ class PlanReport:
         if seconds is None:
             return []
         gpu_hours = seconds / 3600 * self.config.launcher.nodes * self.fitted.hw.gpus_per_node
-        return [("time", f"at least {seconds / 60:,.1f} minutes, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full-length completions)")]
+        return [("time", f"at least {_duration(seconds)}, {gpu_hours:,.2f} GPU-hours (peak arithmetic, full completions)")]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next(((size, unit) for size, unit in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * size), (1, "seconds"))
+    return f"{seconds / size:,.1f} {unit}"
 
 
 def plan_report(config: Config) -> PlanReport:
-    """Looks at the input and the model and works out the rest. Raises ConfigError for what is wrong, not for what does not fit."""
+    """Looks at the input and the model and works out the rest. Raises ConfigError, but not for what does not fit."""
     inputs = scan_shards(config.input.paths)
     check_columns(inputs.schema, config)
     fitted = fit(config)

@@ -1,0 +1,232 @@
+"""The command line: `python -m batchinfer VERB ...`, where everything but a run directory is a Hydra override.
+
+Exit codes: 0 every row is committed; 1 work failed, rows are missing, or `verify` found a difference; 2 the request is wrong
+(one sentence on stderr); 130 interrupted. A verb imports what it needs when it runs, so that `status` starts at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchinfer.config import Config, ConfigError, flatten, leaves, show
+
+if TYPE_CHECKING:
+    from batchinfer.job.plan import PlanReport
+    from batchinfer.job.rundir import RunDir
+
+# What may differ between two submissions of one run: groups and keys that change no completion and no column.
+MAY_CHANGE = ("hw", "launcher", "engine", "stats_every", "verbose", "max_error_fraction", "model.path", "input.paths")
+HELP_FLAGS = ("--help", "-h")
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
+INTERRUPTED = 130
+LATER = ("retry", "export", "bench", "profile")
+
+
+@dataclass(frozen=True)
+class Verb:
+    run: Callable[[list[str]], int]
+    usage: str
+    help: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code. The console script and `__main__` call it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, rest = _verb(arguments)
+        if any(flag in rest for flag in HELP_FLAGS):
+            return _help(name)
+        return VERBS[name].run(rest)
+    except ConfigError as error:
+        print(f"batchinfer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("batchinfer: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """The first word is the verb unless it is an override or a flag; then the verb is run."""
+    first = arguments[0] if arguments else ""
+    if first in VERBS:
+        return first, arguments[1:]
+    if first in LATER:
+        raise ConfigError(f"{first}: not in this version; verbs: {', '.join(VERBS)}")
+    if first and "=" not in first and not first.startswith(("-", "~", "+")):
+        close = difflib.get_close_matches(first, VERBS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"{first}: neither a verb nor key=value; {hint}verbs: {', '.join(VERBS)}")
+    return "run", arguments
+
+
+def _run(arguments: list[str]) -> int:
+    from batchinfer.compose import compose, expand_multirun
+
+    flags, overrides = _split(arguments, ("--multirun", "-m", *HYDRA_FLAGS))
+    if any(flag.split("=")[0] in HYDRA_FLAGS for flag in flags):
+        return _show_config(arguments)
+    codes = [0]
+    for combination in expand_multirun(overrides) if flags else [overrides]:
+        codes.append(_submit(compose(combination)))
+        if codes[-1] == INTERRUPTED:
+            break
+    return max(codes)
+
+
+def _submit(config: Config) -> int:
+    """Freezes the plan, or finds it frozen, and places the jobs."""
+    from batchinfer.job.launch import run_job
+    from batchinfer.job.plan import freeze, resolved
+
+    run_dir = freeze(config)
+    return run_job(run_dir, resolved(config))
+
+
+def _resume(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("resume", arguments)
+    _, overrides = _split(words, ())
+    from batchinfer.compose import overlay
+    from batchinfer.job.manifest import Manifest
+
+    frozen = Manifest.load(run_dir).config
+    here = replace(frozen, output=replace(frozen.output, dir=str(run_dir.root)))  # the folder may have moved
+    return _submit(overlay(here, overrides, MAY_CHANGE))
+
+
+def _plan(arguments: list[str]) -> int:
+    from batchinfer.compose import compose
+    from batchinfer.job.plan import plan_report
+
+    _, overrides = _split(arguments, ())
+    report = plan_report(compose(overrides, planning=True))
+    _print_plan(report)
+    if not report.fitted.memory.fits:
+        raise ConfigError(report.fitted.memory.explain())
+    return 0
+
+
+def _status(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("status", arguments)
+    flags = _only_flags("status", words, ("--watch",))
+    from batchinfer.display import status
+
+    return status(run_dir, bool(flags))
+
+
+def _report(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("report", arguments)
+    _only_flags("report", words, ())
+    from batchinfer.report import report
+
+    return report(run_dir)
+
+
+def _verify(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("verify", arguments)
+    _only_flags("verify", words, ())
+    from batchinfer.job.verify import verify
+
+    problems = verify(run_dir)
+    print("\n".join(problems) or f"{run_dir.root}: every row is there exactly once, and every hash is right")
+    return 1 if problems else 0
+
+
+def _cancel(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("cancel", arguments)
+    _only_flags("cancel", words, ())
+    from batchinfer.job.launch import cancel_jobs
+
+    newest = max((int(folder.name) for folder in run_dir.submissions.iterdir() if folder.name.isdecimal()), default=0)
+    run_dir.cancel(newest)
+    cancel_jobs(run_dir)
+    print(f"{run_dir.root}: cancelled up to submission {newest}; `resume` starts a new one")
+    return 0
+
+
+VERBS = {
+    "run": Verb(_run, "[run] [group=choice ...] [key=value ...] [--multirun]",
+                "run a request, or go on with it; without arguments: the shipped model over the shipped sample"),
+    "resume": Verb(_resume, "resume RUN_DIR [overrides]", f"finish what is missing; may change: {', '.join(MAY_CHANGE)}"),
+    "plan": Verb(_plan, "plan [overrides]", "what would happen: rows, units, memory, layout; needs no GPU and no checkpoint"),
+    "status": Verb(_status, "status RUN_DIR [--watch]", "how far a run is"),
+    "report": Verb(_report, "report RUN_DIR", "summary.json and a table"),
+    "verify": Verb(_verify, "verify RUN_DIR", "check that every input row came out exactly once, unchanged"),
+    "cancel": Verb(_cancel, "cancel RUN_DIR", "stop every job of a run"),
+}
+
+
+def _split(arguments: list[str], known_flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags, overrides). Raises ConfigError for a flag that is not among `known_flags`."""
+    flags = [word for word in arguments if word.startswith("-")]
+    for flag in flags:
+        if flag.split("=")[0] not in known_flags:
+            raise ConfigError(f"{flag}: no such flag here; flags: {', '.join([*known_flags, *HELP_FLAGS])}")
+    return flags, [word for word in arguments if not word.startswith("-")]
+
+
+def _only_flags(verb: str, words: list[str], known_flags: Sequence[str]) -> list[str]:
+    flags, others = _split(words, known_flags)
+    if others:
+        raise ConfigError(f"{' '.join(others)}: too much for {verb}; usage: python -m batchinfer {VERBS[verb].usage}")
+    return flags
+
+
+def _take_run_dir(verb: str, arguments: list[str]) -> tuple[RunDir, list[str]]:
+    """The run that the first word which is no flag names, and the other words."""
+    from batchinfer.job.rundir import RunDir
+
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    if named is None or ("=" in named and not Path(named).exists()):
+        raise ConfigError(f"{verb}: RUN_DIR is missing; usage: python -m batchinfer {VERBS[verb].usage}")
+    run_dir = RunDir(Path(named).absolute())
+    if not run_dir.manifest_json.is_file():
+        raise ConfigError(f"{named}: not a run directory: it must hold a manifest.json, as outputs/<run_name> does")
+    arguments.remove(named)
+    return run_dir, arguments
+
+
+def _show_config(arguments: list[str]) -> int:
+    """--cfg, --info and their like: Hydra's business, once we know that the overrides are right."""
+    from batchinfer.compose import check_overrides, show_with_hydra
+
+    check_overrides([word for word in arguments if "=" in word and not word.startswith("-")])
+    return show_with_hydra(arguments)
+
+
+def _help(verb: str) -> int:
+    """The verb's line; for verbs that take overrides also the groups, from Hydra, and every key."""
+    if verb not in ("run", "resume", "plan"):
+        print(f"usage: python -m batchinfer {VERBS[verb].usage}\n{VERBS[verb].help}")
+        return 0
+    from batchinfer.compose import show_with_hydra
+
+    print("usage: python -m batchinfer VERB ...\n")
+    print("\n".join(f"  {v.usage}\n      {v.help}" for v in VERBS.values()))
+    print("\nConfig groups, chosen as group=choice:\n", flush=True)
+    show_with_hydra(["--help"])
+    print("Keys, set as key=value (* is part of what a run is, and fixed once it has begun):\n")
+    defaults = flatten(Config())
+    for name, f in leaves():
+        mark = " " if f.metadata["kind"] == "throughput" else "*"
+        print(f"{mark} {show(name, defaults[name])}\n      {f.metadata['help']}")
+    return 0
+
+
+def _print_plan(report: PlanReport) -> None:
+    """A table on a terminal, plain aligned lines elsewhere."""
+    lines = report.lines()
+    if not sys.stdout.isatty():
+        print("\n".join(f"{what + ':':<20}{how}" for what, how in lines))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="plan", show_header=False)
+    for what, how in lines:
+        table.add_row(what, how)
+    Console().print(table)

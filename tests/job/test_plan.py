@@ -1,0 +1,60 @@
+"""Units cover what they must, and plans of large inputs cost seconds and no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchinfer.data.schema import Shard, Unit, num_rows
+from batchinfer.job.plan import cut_units
+
+
+def shards(*rows: int) -> list[Shard]:
+    return [Shard(f"{i:04d}.parquet", 1, count, "") for i, count in enumerate(rows)]
+
+
+def sizes(units: Sequence[Unit]) -> list[int]:
+    return [num_rows(unit) for unit in units]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 60), max_size=30), st.integers(1, 40), st.none() | st.integers(1, 400))
+def test_every_row_below_the_limit_is_in_one_unit_in_order(rows: list[int], rows_per_unit: int, limit: int | None) -> None:
+    units = cut_units(shards(*rows), rows_per_unit, limit)
+    covered = [(r.shard, row) for unit in units for r in unit for row in range(r.start, r.stop)]
+    assert covered == [(shard, row) for shard, count in enumerate(rows) for row in range(count)][:limit]
+    assert all(0 < size <= rows_per_unit for size in sizes(units))
+    assert all(r.start < r.stop for unit in units for r in unit)
+    assert units == cut_units(shards(*rows), rows_per_unit, limit)
+
+
+def test_a_shard_of_about_a_unit_is_a_unit() -> None:
+    units = cut_units(shards(*[1000] * 20), 1024, None)
+    assert all(len(unit) == 1 for unit in units[:15]) and sizes(units)[:15] == [1000] * 15
+
+
+def test_tiny_shards_share_units() -> None:
+    units = cut_units(shards(*[3] * 1000), 300, None)
+    assert sizes(units)[:5] == [300] * 5 and len(units[0]) == 100
+
+
+def test_a_tail_of_small_units_comes_last() -> None:
+    found = sizes(cut_units(shards(100_000), 1024, None))
+    assert found[:90] == [1024] * 90 and found == sorted(found, reverse=True)
+    assert 0 < found[-1] <= 128 and found[-2] == 128  # an eighth
+    assert sum(size for size in found if size < 1024) < 5 * 1024
+
+
+def test_nothing_to_do_is_no_unit() -> None:
+    assert cut_units([], 10, None) == () and cut_units(shards(0, 0), 10, 5) == ()
+
+
+@pytest.mark.parametrize("count", [1000, 200_000])
+def test_cutting_is_linear(count: int) -> None:
+    started = time.perf_counter()
+    units = cut_units(shards(*[1_000_000 // count] * count), 1024, None)
+    assert sum(sizes(units)) == 1_000_000 and time.perf_counter() - started < 2

@@ -1,0 +1,251 @@
+"""Verbs, exit codes, and the spine from overrides to a frozen run. The jobs themselves are tested where they are placed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+
+from batchinfer.cli import LATER, VERBS, main
+from batchinfer.config import Config
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.rundir import RunDir
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = {"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+                "eos_token_id": 1}
+
+
+def words_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(ARCHITECTURE))
+    (folder / "tokenizer_config.json").write_text("{}")
+    words_tokenizer(300).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def request_words(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides of a small valid request; the working directory is empty otherwise."""
+    monkeypatch.chdir(tmp_path)
+    rows = pa.table({"id": range(40), "text": ["w1 w2 w3"] * 40})
+    (tmp_path / "in").mkdir()
+    pq.write_table(rows, tmp_path / "in" / "a.parquet")
+    pq.write_table(rows, tmp_path / "in" / "b.parquet")
+    return ["input=parquet", "input.paths=[in]", "input.prompt_column=text", f"model.path={checkpoint}", "hw=cpu",
+            "model.load_format=random", "run_name=r", "input.rows_per_unit=16"]
+
+
+@pytest.fixture
+def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Config]]:
+    """What reaches the launcher, which is a stand-in that places nothing and succeeds."""
+    calls: list[tuple[Path, Config]] = []
+    launch = types.ModuleType("batchinfer.job.launch")
+
+    def run_job(run_dir: RunDir, config: Config) -> int:
+        calls.append((run_dir.root, config))
+        return 0
+
+    launch.__dict__.update(run_job=run_job, cancel_jobs=lambda run_dir: None)
+    monkeypatch.setitem(sys.modules, "batchinfer.job.launch", launch)
+    return calls
+
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs the command line, which must exit with 2 and say one line on stderr; returns it."""
+
+    def run(*words: str) -> str:
+        assert main(words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("batchinfer: ")
+        return lines[0].removeprefix("batchinfer: ")
+
+    return run
+
+
+def test_wrong_words(refused: Refusal, tmp_path: Path) -> None:
+    assert refused("statsu", "x").startswith("statsu: neither a verb nor key=value; did you mean status? verbs: run, resume,")
+    assert refused("status", "--watch").startswith("status: RUN_DIR is missing; usage: python -m batchinfer status RUN_DIR")
+    assert refused("status", "nowhere").startswith("nowhere: not a run directory: it must hold a manifest.json")
+    assert refused("verify", str(tmp_path)).endswith("as outputs/<run_name> does")
+    assert refused("resume", "hw=cpu").startswith("resume: RUN_DIR is missing")
+    assert refused("--fog").startswith("--fog: no such flag here; flags: --multirun, -m, --cfg,")
+    assert refused("plan", "--watch").startswith("--watch: no such flag here")
+    assert refused("hw=cpux").startswith("hw=cpux: no such choice; did you mean hw=cpu?")
+    assert refused("--cfg", "job", "hw=cpux").startswith("hw=cpux: no such choice")
+    assert refused("seed=1,2").startswith("seed=1,2: several values need --multirun")
+
+
+@pytest.mark.parametrize("verb", LATER)
+def test_verbs_of_later_versions(refused: Refusal, verb: str) -> None:
+    assert refused(verb) == f"{verb}: not in this version; verbs: {', '.join(VERBS)}"
+
+
+def test_first_run_freezes_and_the_same_command_goes_on(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:
+    assert main(request_words) == 0
+    manifest = Manifest.load(RunDir(Path("outputs/r")))
+    assert main(["run", *request_words, "engine.block_size=32"]) == 0
+    assert Manifest.load(RunDir(Path("outputs/r"))) == manifest
+    assert [(shard.path, shard.num_rows) for shard in manifest.shards] == [("a.parquet", 40), ("b.parquet", 40)]
+    assert manifest.columns == ["id", "text"] and manifest.config.hw.tensor_parallel == "auto"
+    assert [root for root, _ in placed] == [Path("outputs/r").absolute()] * 2
+    assert [config.engine.block_size for _, config in placed] == [16, 32]
+    assert placed[0][1].hw.tensor_parallel == 1  # submissions get facts
+    assert manifest.config.model.dtype == "float32"  # auto on this hardware; completions depend on it
+
+
+def test_another_request_in_the_same_folder_is_refused(
+    request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal
+) -> None:
+    assert main(request_words) == 0
+    said = refused(*request_words, "seed=7", "sampling.temperature=0.5", "launcher.nodes=2")
+    assert "seed was 0, now 7" in said and "sampling.temperature was 0.0, now 0.5" in said and "nodes" not in said
+    assert refused(*request_words, "input.rows_per_unit=8").startswith("input.rows_per_unit=8: must stay 16")
+    pq.write_table(pa.table({"id": range(3), "text": ["w1"] * 3}), "in/c.parquet")
+    assert "input.shards was" in refused(*request_words)
+    assert len(placed) == 1
+
+
+def test_resume_changes_what_may_change(request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal) -> None:
+    assert main([*request_words, "seed=3"]) == 0
+    os.rename("outputs/r", "moved")
+    assert main(["resume", "moved", "hw.gpus_per_node=2", "engine.max_num_seqs=4", "launcher=inline", "verbose=true"]) == 0
+    root, config = placed[-1]
+    assert root == Path("moved").absolute() and config.output.dir == str(root) and config.seed == 3
+    assert (config.hw.gpus_per_node, config.engine.max_num_seqs, config.launcher.kind, config.verbose) == (2, 4, "inline", True)
+    assert refused("resume", "moved", "seed=4").startswith("seed=4: cannot change when a run is resumed; what may: hw, launcher,")
+    assert refused("resume", "moved", "hw.tensor_parallel=3").startswith("hw.tensor_parallel=3: must be auto or divide")
+
+
+def test_a_moved_checkpoint_and_moved_inputs_are_the_same_request(
+    request_words: list[str], placed: list[tuple[Path, Config]], checkpoint: Path, refused: Refusal
+) -> None:
+    assert main(request_words) == 0
+    os.rename(checkpoint, "elsewhere")
+    os.rename("in", "there")
+    assert refused("resume", "outputs/r", "input.paths=[there]").count(str(checkpoint)) == 1
+    assert main(["resume", "outputs/r", "model.path=elsewhere", "input.paths=[there]"]) == 0
+    assert placed[-1][1].model.path == str(Path("elsewhere").absolute())
+    words_tokenizer(299).save("elsewhere/tokenizer.json")
+    assert "model.tokenizer was" in refused("resume", "outputs/r", "model.path=elsewhere", "input.paths=[there]")
+
+
+def test_what_would_fail_on_the_node_fails_here(
+    request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal
+) -> None:
+    assert "do not fit into" in refused(*request_words, "hw.mem_gb=1", "engine.gpu_memory_utilization=0.01")
+    assert refused(*request_words, "input.prompt_column=txt").startswith("input.prompt_column: the input has no column 'txt'")
+    assert "needs a chat template" in refused(*request_words, "input.apply_chat_template=true")
+    assert refused(*request_words, "model.max_model_len=1000").startswith("model.max_model_len=1000: must be at most 128")
+    assert placed == [] and not Path("outputs").exists()
+
+
+def test_multirun_is_one_run_for_each_combination(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:
+    assert main([*request_words, "seed=1,2", "--multirun"]) == 0
+    assert [(root.name, config.seed) for root, config in placed] == [("r_0", 1), ("r_1", 2)]
+
+
+def test_cancel_covers_the_submissions_so_far(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:
+    assert main(request_words) == 0
+    run_dir = RunDir(Path("outputs/r"))
+    for _ in range(2):
+        run_dir.new_submission()
+    assert main(["cancel", "outputs/r"]) == 0
+    assert run_dir.is_cancelled(2) and not run_dir.is_cancelled(3)
+
+
+def test_interrupt_is_130(request_words: list[str], placed: list[tuple[Path, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(run_dir: RunDir, config: Config) -> int:
+        raise KeyboardInterrupt
+
+    def returning(run_dir: RunDir, config: Config) -> int:
+        placed.append((run_dir.root, config))
+        return 130
+
+    monkeypatch.setattr(sys.modules["batchinfer.job.launch"], "run_job", raising)
+    assert main(request_words) == 130
+    monkeypatch.setattr(sys.modules["batchinfer.job.launch"], "run_job", returning)
+    assert main([*request_words, "seed=1,2,3", "--multirun"]) == 130 and len(placed) == 1
+
+
+def test_plan_says_what_would_happen(request_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *request_words, "hw.gpus_per_node=4", "hw.tensor_parallel=2"]) == 0
+    out = capsys.readouterr().out
+    assert "80 rows of 2 shards" in out and re.search(r"about 240 \(from \d+ rows\)", out) and "2 replicas of 2 ranks" in out
+    assert not Path("outputs").exists()
+
+
+def test_plan_without_a_checkpoint_or_a_fit(request_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in request_words if not word.startswith(("model", "hw"))]
+    assert main(["plan", *words, "model=llama3_70b", "hw=a100x8"]) == 0
+    out = capsys.readouterr().out
+    assert "70,553,706,496 parameters in bfloat16" in out and "2 replicas of 4 ranks" in out and "no tokenizer" in out
+    assert main(["plan", *words, "model=llama3_70b", "hw=rtx4090x2"]) == 2
+    captured = capsys.readouterr()
+    assert "80 rows" in captured.out and "do not fit into 21.1 GiB of 23.5 GiB on rtx4090" in captured.err
+
+
+def test_help_shows_verbs_groups_and_keys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    at = [out.index(text) for text in ("status RUN_DIR [--watch]", "hw: a100x4, a100x8, auto, cpu,", "* sampling.top_p=1.0")]
+    assert at == sorted(at)
+    assert main(["status", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m batchinfer status RUN_DIR [--watch]\n")
+    assert main(["--cfg", "job", "hw=a100x4"]) == 0
+    assert "gpu: a100-80gb" in capsys.readouterr().out
+    assert main(["--info", "defaults"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def fresh(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_looking_at_a_run_imports_next_to_nothing(tmp_path: Path) -> None:
+    code = ("import sys; from batchinfer.cli import main; main(['status', 'x']); "
+            "heavy = {'torch', 'hydra', 'omegaconf', 'pyarrow', 'submitit', 'numpy'} & set(sys.modules); assert not heavy, heavy")
+    done = fresh(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_million_rows_are_planned_in_seconds_without_torch(request_words: list[str], tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    pq.write_table(pa.table({"text": ["w1 w2"] * 1000}), many / "0000.parquet")
+    for i in range(1, 1000):
+        os.link(many / "0000.parquet", many / f"{i:04d}.parquet")
+    words = ["plan", *request_words, "input.paths=[many]", "input.rows_per_unit=1024"]
+    done = fresh(f"import sys, time; from batchinfer.cli import main; t = time.monotonic(); code = main({words!r}); "
+                 "assert 'torch' not in sys.modules; print('took', time.monotonic() - t); sys.exit(code)", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1,000,000 rows of 1,000 shards" in done.stdout and "about 2,000,000 (from 320 rows)" in done.stdout
+    took = re.search(r"took (\S+)", done.stdout)
+    assert took is not None and float(took[1]) < 10

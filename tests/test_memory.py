@@ -1,0 +1,240 @@
+"""Arithmetic of memory, on shapes small enough to check by hand, and the choice of ranks on real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from batchinfer import hardware
+from batchinfer.compose import compose
+from batchinfer.config import Config, ConfigError, EngineConfig, HardwareConfig, ModelConfig
+from batchinfer.hardware import GIB
+from batchinfer.memory import kv_blocks, max_model_len, plan_memory, resolve_hw
+from batchinfer.model.config import ModelShape, load_shape
+
+SHAPE = ModelShape("LlamaForCausalLM", vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
+                   num_kv_heads=2, head_dim=16, max_position_embeddings=512)
+ENGINE = EngineConfig(block_size=16, max_num_seqs=4, max_num_batched_tokens=128)
+
+
+def planned(model: str, hw: str, *overrides: str) -> tuple[HardwareConfig, ModelShape, Config]:
+    config = compose([f"model={model}", f"hw={hw}", *overrides], planning=True)
+    shape = load_shape(config.model)
+    return resolve_hw(config, shape), shape, config
+
+
+def test_kv_cache_by_hand() -> None:
+    plan = plan_memory(SHAPE, "bfloat16", HardwareConfig(gpu="h100", tensor_parallel=1), ENGINE, 100)
+    assert plan.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, width, bytes
+    assert plan.num_blocks == 4 * 7  # never more than four sequences of 100 tokens can use
+    assert plan.concurrent_sequences == 4 and plan.kv_tokens == 28 * 16 and plan.fits
+    assert abs(plan.usable_bytes - 79.1 * GIB * 0.9) < 2
+
+
+def test_blocks_are_what_the_free_bytes_hold() -> None:
+    per_block = 16 * SHAPE.kv_bytes_per_token("bfloat16", 1)
+    assert kv_blocks(3 * per_block + 1, SHAPE, "bfloat16", 1, ENGINE, 512) == 3
+    assert kv_blocks(-5, SHAPE, "bfloat16", 1, ENGINE, 512) == 0
+
+
+def test_parts_stay_within_the_whole() -> None:
+    hw, shape, config = planned("llama13b", "a100x4")
+    plan = plan_memory(shape, "bfloat16", hw, replace(config.engine, max_num_seqs=100_000), 4096)
+    used = plan.weight_bytes + plan.activation_bytes + plan.overhead_bytes + plan.kv_bytes
+    block = plan.block_size * plan.kv_bytes_per_token
+    assert plan.usable_bytes - block < used <= plan.usable_bytes
+
+
+@pytest.mark.parametrize(("model", "hw", "ranks"), [
+    ("llama7b", "rtx4090x2", 1), ("llama13b", "rtx4090x2", 2), ("llama13b", "a100x4", 1), ("llama7b", "cpu", 1),
+    ("llama3_70b", "a100x4", 4), ("llama3_70b", "h200x2", 2), ("llama3_70b", "h200x8", 2),
+])
+def test_automatic_ranks_are_the_fewest_that_fit(model: str, hw: str, ranks: int) -> None:
+    assert planned(model, hw)[0].tensor_parallel == ranks
+
+
+def test_processes_on_a_cpu_are_replicas_unless_told_otherwise() -> None:
+    assert planned("llama7b", "cpu", "hw.gpus_per_node=4")[0].tensor_parallel == 1
+    assert planned("llama7b", "cpu", "hw.gpus_per_node=4", "hw.tensor_parallel=2")[0].tensor_parallel == 2
+    with pytest.raises(ConfigError, match=r"hw.tensor_parallel=3 does not divide the model's 32 attention heads"):
+        planned("llama7b", "cpu", "hw.gpus_per_node=3", "hw.tensor_parallel=3")
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    hw, shape, config = planned("llama3_70b", "h200x1")
+    plan = plan_memory(shape, "bfloat16", hw, config.engine, 131072)
+    assert not plan.fits and "131.4 GiB of weights" in plan.explain() and "do not fit into 125.7 GiB" in plan.explain()
+    assert plan.explain().endswith("hw.tensor_parallel=2 on a tier with 2 GPUs a node would fit")
+    wider = plan_memory(shape, "bfloat16", replace(hw, gpus_per_node=2, tensor_parallel=2), config.engine, 131072)
+    assert wider.fits
+
+
+def test_shorter_sequences_are_advised_and_then_fit() -> None:
+    hw, shape, config = planned("mistral7b", "rtx4090x2", "engine.gpu_memory_utilization=0.75", "hw.tensor_parallel=1")
+    plan = plan_memory(shape, "bfloat16", hw, config.engine, 32768)
+    assert not plan.fits
+    advised = int(plan.advice.split("model.max_model_len=")[1].split()[0])
+    assert plan_memory(shape, "bfloat16", hw, config.engine, advised).fits
+    assert not plan_memory(shape, "bfloat16", hw, config.engine, advised + 16).fits
+
+
+def test_processes_share_the_host() -> None:
+    one = plan_memory(SHAPE, "float32", HardwareConfig(mem_gb=8, tensor_parallel=1), ENGINE, 100)
+    two = plan_memory(SHAPE, "float32", HardwareConfig(mem_gb=8, gpus_per_node=2, tensor_parallel=1), ENGINE, 100)
+    assert one.device_bytes == 8 * GIB and two.device_bytes == 4 * GIB
+
+
+def test_longest_sequence() -> None:
+    assert max_model_len(ModelConfig(), SHAPE) == 512
+    assert max_model_len(ModelConfig(max_model_len=100), SHAPE) == 100
+    with pytest.raises(ConfigError, match=r"model.max_model_len=513: must be at most 512"):
+        max_model_len(ModelConfig(max_model_len=513), SHAPE)
+
+
+def test_unknown_gpu_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"^hw.gpu=b300: must be auto, null, a GPU of this host, or one of rtx4090, "):
+        planned("llama7b", "a100x4", "hw.gpu=b300")
+
+
+# --- the host, through a driver of straw
+
+class Driver:
+    """As much of NVML as is asked for: GPUs are dicts, MIG slices lie inside them."""
+
+    NVML_DEVICE_MIG_ENABLE = 1
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *gpus: dict[str, Any]) -> None:
+        self.gpus, self.open = gpus, 0
+
+    def nvmlInit(self) -> None:
+        if not self.gpus:
+            raise self.NVMLError
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
+        return self.gpus[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> dict[str, Any]:
+        found = [device for gpu in self.gpus for device in (gpu, *gpu.get("slices", ())) if device["uuid"] == uuid]
+        if not found:
+            raise self.NVMLError
+        return found[0]
+
+    def nvmlDeviceGetUUID(self, device: dict[str, Any]) -> str:
+        return str(device["uuid"])
+
+    def nvmlDeviceGetName(self, device: dict[str, Any]) -> str:
+        return str(device["name"])
+
+    def nvmlDeviceGetMemoryInfo(self, device: dict[str, Any]) -> Any:
+        return SimpleNamespace(total=device["gib"] * GIB)
+
+    def nvmlDeviceGetMigMode(self, device: dict[str, Any]) -> list[int]:
+        if "slices" not in device:
+            raise self.NVMLError
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: dict[str, Any]) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: dict[str, Any], index: int) -> dict[str, Any]:
+        if index >= len(device["slices"]):
+            raise self.NVMLError
+        slices: list[dict[str, Any]] = device["slices"]
+        return slices[index]
+
+
+H200 = {"name": "NVIDIA H200", "uuid": "GPU-aaaa-1", "gib": 140}
+L4 = {"name": "NVIDIA L4", "uuid": "GPU-bbbb-2", "gib": 22}
+CUT = {"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-cccc-3", "gib": 80, "slices": [
+    {"name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "uuid": "MIG-1", "gib": 10},
+    {"name": "NVIDIA H100 80GB HBM3 MIG 2g.20gb", "uuid": "MIG-2", "gib": 20}]}
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver(H200, L4, CUT)
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", found)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return found
+
+
+@pytest.mark.parametrize(("mask", "seen"), [
+    (None, ["GPU-aaaa-1", "GPU-bbbb-2", "MIG-1"]),
+    ("", []), ("-1", []), ("NoDevFiles", []),
+    ("1,0", ["GPU-bbbb-2", "GPU-aaaa-1"]), ("0,9,1", ["GPU-aaaa-1"]),
+    ("GPU-bbbb-2", ["GPU-bbbb-2"]), ("GPU-b", ["GPU-bbbb-2"]), ("GPU-", []),
+    ("MIG-2", ["MIG-2"]), ("MIG-9,0", []), ("2", ["MIG-1"]),
+])
+def test_the_mask_is_read_as_cuda_reads_it(driver: Driver, mask: str | None, seen: list[str]) -> None:
+    assert [gpu.uuid for gpu in hardware.visible_gpus(mask)] == seen
+    assert driver.open == 0
+
+
+def test_names_of_the_table_and_of_the_driver(driver: Driver) -> None:
+    assert [gpu.gpu for gpu in hardware.visible_gpus()] == ["h200", "NVIDIA L4", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    assert hardware.gpu_memory_bytes("NVIDIA L4") == 22 * GIB and hardware.gpu_memory_bytes("b300") is None
+
+
+def test_auto_is_this_host(driver: Driver) -> None:
+    driver.gpus = (L4, L4)
+    hw, _, _ = planned("mistral7b", "auto", "model.max_model_len=2048")
+    assert (hw.gpu, hw.gpus_per_node, hw.tensor_parallel) == ("NVIDIA L4", 2, 1)
+    with pytest.raises(ConfigError, match=r"hw.gpus_per_node=3: must be at most 2, the GPUs of this host"):
+        planned("mistral7b", "auto", "hw.gpus_per_node=3")
+
+
+def test_no_driver_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", Driver())
+    hw, _, _ = planned("llama7b", "auto")
+    assert (hw.gpu, hw.gpus_per_node, hw.tensor_parallel) == (None, 1, 1)
+
+
+def test_float64_needs_the_cpu(driver: Driver) -> None:
+    with pytest.raises(ConfigError, match=r"model.dtype=float64: must run on a CPU"):
+        planned("llama7b", "auto", "model.dtype=float64")
+
+
+def host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    everything = {"proc/self/cgroup": cgroup, "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n", **files}
+    for name, text in everything.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_cgroup_v2_limits_count_up_to_the_root(tmp_path: Path) -> None:
+    root = host(tmp_path, "0::/job/step\n", {
+        "sys/fs/cgroup/job/step/cpu.max": "max 100000", "sys/fs/cgroup/job/cpu.max": "100000 100000",
+        "sys/fs/cgroup/job/memory.max": "5000000", "sys/fs/cgroup/job/memory.current": "4000000",
+        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 500000\n", "sys/fs/cgroup/job/step/memory.max": "max"})
+    assert hardware.usable_cores(root) == 1
+    assert hardware.available_memory(root) == 1_500_000
+
+
+def test_cgroup_v1_limits(tmp_path: Path) -> None:
+    root = host(tmp_path, "2:cpu,cpuacct:/job\n3:memory:/job\n", {
+        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "50000", "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000", "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1000"})
+    assert hardware.usable_cores(root) == 1
+    assert hardware.available_memory(root) == 2000
+
+
+def test_a_host_without_limits(tmp_path: Path) -> None:
+    quota = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "1000"}
+    root = host(tmp_path, "1:cpu:/\n", quota)
+    assert hardware.available_memory(root) == 8000 * 1024
+    assert hardware.usable_cores(root) >= 1
