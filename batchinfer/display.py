@@ -250,7 +250,8 @@ def _picture(snapshot: Snapshot) -> Any:
 def line(snapshot: Snapshot) -> str:
     """The run in one line."""
     percent = 100 * snapshot.rows / snapshot.rows_total if snapshot.rows_total else 100.0
-    parts = [f"{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {snapshot.units:,}/{snapshot.units_total:,} units"]
+    units = f"{snapshot.units:,}/{snapshot.units_total:,} units"
+    parts = [f"{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {units}"]
     if snapshot.rows_in_progress:
         parts.append(f"{snapshot.rows_in_progress:,} rows not yet committed")
     if snapshot.working:
@@ -269,7 +270,8 @@ def _load(snapshot: Snapshot) -> list[str]:
     count = len(snapshot.working)
     phases = Counter(replica.phase for replica in snapshot.working)
     total = snapshot.total
-    parts = [f"{count:,} replica{'s' if count > 1 else ''} ({', '.join(f'{n:,} {phase}' for phase, n in sorted(phases.items()))})"]
+    by_phase = ", ".join(f"{n:,} {phase}" for phase, n in sorted(phases.items()))
+    parts = [f"{count:,} replica{'s' if count > 1 else ''} ({by_phase})"]
     if "running" in phases:
         parts.append(f"in {total('prompt_tok_s'):,.0f} tok/s, out {total('completion_tok_s'):,.0f} tok/s")
         parts.append(f"running {total('running'):,.0f}, waiting {total('waiting'):,.0f}")
@@ -285,8 +287,8 @@ def replica_line(replica: ReplicaView) -> str:
     if replica.phase in ENDED:
         return f"{replica.name}: {replica.phase}, {int(replica.number('rows_done')):,} rows"
     _, phase, rows, tok_in, tok_out, running, waiting, kv, age = _cells(replica)
-    return (f"{replica.name}: {phase}, {rows} rows, in {tok_in} tok/s, out {tok_out} tok/s, running {running}, waiting {waiting}, "
-            f"KV {kv}, heartbeat {age} ago")  # fmt: skip
+    load = f"in {tok_in} tok/s, out {tok_out} tok/s, running {running}, waiting {waiting}, KV {kv}"
+    return f"{replica.name}: {phase}, {rows} rows, {load}, heartbeat {age} ago"
 
 
 def _cells(replica: ReplicaView) -> list[str]:

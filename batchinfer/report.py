@@ -191,7 +191,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("rows", f"{summary['rows']:,} of {summary['rows_total']:,} ({summary['units']:,} of {summary['units_total']:,} units)"),
         ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in summary["finish_reasons"].items())),
-        *((f"error {code}", f"{found['rows']:,} rows, the first in {found['first_in']}") for code, found in summary["errors"].items()),
+        *((f"error {code}", f"{e['rows']:,} rows, the first in {e['first_in']}") for code, e in summary["errors"].items()),
         ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"])),
         ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
         ("time", f"{duration(summary['wall_s'])} from the first step to the last, tail {duration(summary['tail_s'])}"),
@@ -214,8 +214,8 @@ def _seconds(quantiles: Mapping[str, float | None]) -> str:
 def _step_line(summary: Mapping[str, Any]) -> str:
     if not summary["steps"]:
         return ""
-    return (f"{summary['steps']:,}, {summary['mean_batch_size']:,.1f} sequences each, KV at most {summary['kv_peak_share']:.0%} used, "
-            f"{summary['preemptions']:,} preemptions")  # fmt: skip
+    batch, peak = f"{summary['mean_batch_size']:,.1f} sequences each", f"KV at most {summary['kv_peak_share']:.0%} used"
+    return f"{summary['steps']:,}, {batch}, {peak}, {summary['preemptions']:,} preemptions"
 
 
 def _replica_line(replica: Mapping[str, Any]) -> str:
@@ -230,8 +230,8 @@ def first_completions(run_dir: RunDir) -> list[str]:
     for path in _files(run_dir):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(64, columns=[prefix + name for name in ("shard", "row", "completion")]):
-                rows = (row for row in batch.to_pylist() if row[prefix + "completion"] is not None)
-                found += [f"{row[prefix + 'shard']}:{row[prefix + 'row']}: {_shorten(row[prefix + 'completion'])}" for row in rows]
+                rows = zip(*(batch.column(i).to_pylist() for i in range(3)), strict=True)
+                found += [f"{shard}:{row}: {_shorten(text)}" for shard, row, text in rows if text is not None]
                 if len(found) >= SAMPLES:
                     return found[:SAMPLES]
     return found

@@ -80,7 +80,7 @@ def check_placeable(kind: str, config: Config) -> None:
     if kind == "slurm":
         for program in ("sbatch", "srun"):
             if shutil.which(program) is None:
-                raise ConfigError(f"launcher.kind=slurm: {program} is not on the PATH; use launcher=local on a host without SLURM")
+                raise ConfigError(f"launcher.kind=slurm: {program} is not on the PATH; without SLURM use launcher=local")
     elif hw.gpu is not None and len(outer_devices(hw.gpus_per_node)) < hw.gpus_per_node:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
         raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in "
@@ -90,7 +90,9 @@ def check_placeable(kind: str, config: Config) -> None:
 def outer_devices(count: int) -> tuple[str, ...]:
     """This process's device mask as data: the local executor overwrites the variable with 0..n-1."""
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(str(i) for i in range(count)) if mask is None else tuple(name.strip() for name in mask.split(",") if name.strip())
+    if mask is None:
+        return tuple(str(i) for i in range(count))
+    return tuple(name.strip() for name in mask.split(",") if name.strip())
 
 
 def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: Sequence[str] | None = None) -> list[NodeJob]:
@@ -124,8 +126,8 @@ def _cores_per_rank(config: Config, kind: str) -> int | None:
 class Placed(Protocol):
     """Jobs that were started and can be asked and stopped."""
 
-    ids: list[str]
-
+    @property
+    def ids(self) -> list[str]: ...
     def alive(self) -> bool: ...
     def stop(self) -> None: ...
     def kill(self) -> None: ...
@@ -140,7 +142,7 @@ class LocalJobs:
     mark: str
 
     @property
-    def ids(self) -> list[str]:  # type: ignore[override]
+    def ids(self) -> list[str]:
         return [str(job.job_id) for job in self.jobs]
 
     def alive(self) -> bool:
@@ -162,6 +164,8 @@ class LocalJobs:
 
 @dataclass
 class SlurmJobs:
+    """A submitted array, or a single job."""
+
     ids: list[str]
     next_look: float = 0.0
     was_alive: bool = True
@@ -183,7 +187,8 @@ class SlurmJobs:
         subprocess.run(["scancel", self.array], check=False)
         self.next_look = 0.0
 
-    kill = stop
+    def kill(self) -> None:
+        self.stop()
 
 
 def _place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> LocalJobs:
@@ -339,7 +344,8 @@ def cancel_jobs(run_dir: RunDir) -> int:
         if submission["kind"] == "slurm":
             told += _scancel(submission["jobs"])
         else:
-            told += sum(_signal_job(job, signal.SIGTERM) for job in _identities(path.parent, submission["config"]["launcher"]["nodes"]))
+            jobs = _identities(path.parent, submission["config"]["launcher"]["nodes"])
+            told += sum(_signal_job(job, signal.SIGTERM) for job in jobs)
     return told
 
 
