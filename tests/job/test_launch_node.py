@@ -44,6 +44,8 @@ WORKER = """
     say(beat=1, phase="running", error=None)
 """
 
+CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}  # what the config insists on
+
 
 def worker(folder: Path, body: str) -> tuple[str, ...]:
     path = folder / "fake_worker.py"
@@ -55,7 +57,7 @@ def make_run(root: Path, units: int = 1) -> RunDir:
     run_dir = RunDir(root / "run")
     shard = Shard("a.parquet", 1, 2 * units, "")
     ranges = [(RowRange(0, 2 * i, 2 * i + 2),) for i in range(units)]
-    config = from_dict({"run_name": "test", "hw": {"gpu": None, "tensor_parallel": 1}})
+    config = from_dict({"run_name": "test", "hw": {"gpu": None, "tensor_parallel": 1}, **CHECKED})
     Manifest.create(run_dir, config, InputSet(root, (shard,), pa.schema([])), [], ranges, {})
     return run_dir
 
