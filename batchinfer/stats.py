@@ -206,7 +206,7 @@ class GpuSampler:
         milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage)
         percent = self._ask(lambda h: nvml.nvmlDeviceGetUtilizationRates(h).gpu)
         return GpuSample(
-            memory_bytes=max(memory) if memory else None,
+            memory_bytes=int(max(memory)) if memory else None,
             power_w=sum(milliwatts) / 1000 if milliwatts else None,
             utilization=sum(percent) / len(percent) / 100 if percent else None,
         )

@@ -72,7 +72,8 @@ class Replica:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         try:
             with open(self.log, "ab") as log:
-                return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                null = subprocess.DEVNULL
+                return subprocess.Popen(command, env=env, stdin=null, stdout=log, stderr=log, start_new_session=True)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -118,7 +119,8 @@ def mark_of_job(run_dir: RunDir, submission: int) -> str:
     return f"{run_dir.root.absolute()}:{submission:02d}:"
 
 
-def torchrun_environment(base: Mapping[str, str], extra: Mapping[str, str], devices: Sequence[str], threads: int) -> dict[str, str]:
+def torchrun_environment(base: Mapping[str, str], extra: Mapping[str, str], devices: Sequence[str],
+                         threads: int) -> dict[str, str]:  # fmt: skip
     """The environment of one replica's torchrun: `base` (this process's), ours, then the tier's `extra`, which wins."""
     package_root = str(Path(batchinfer.__file__).parent.parent)
     paths = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]

@@ -1,0 +1,257 @@
+"""What a run did, in numbers: `report/summary.json`, a table, and the first completions.
+
+Everything is derived from the footers and columns of `completions/`, the segments of `stats/` and what the replicas said,
+file by file: memory does not grow with the run. Percentiles come from histograms with bins half a per cent wide.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from batchinfer.data.schema import num_rows
+from batchinfer.data.writer import read_footer
+from batchinfer.display import duration
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.replica import read_death, read_progress
+from batchinfer.job.rundir import RunDir
+from batchinfer.publish import replace_bytes
+from batchinfer.stats import QUANTILES, segments
+
+SAMPLES, SAMPLE_CHARS = 3, 200
+STEP_COLUMNS = ["started", "duration_s", "steps", "prefill_seqs", "decode_seqs", "preempted", "kv_blocks_used", "kv_blocks_total"]
+
+
+class LogHistogram:
+    """Counts of positive numbers in bins of constant relative width, 1e-6 to 1e6. Quantiles are right to 0.25 %."""
+
+    LOW, WIDTH, BINS = 1e-6, float(np.log1p(0.005)), 5600
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(self.BINS, dtype=np.int64)
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        bins = np.log(np.maximum(values, self.LOW) / self.LOW) / self.WIDTH
+        self.counts += np.bincount(np.minimum(bins.astype(np.int64), self.BINS - 1), minlength=self.BINS)
+
+    def quantile(self, q: float) -> float | None:
+        """The smallest bin below which lie at least a share q of the numbers; None of nothing."""
+        total = int(self.counts.sum())
+        if total == 0:
+            return None
+        index = int(np.searchsorted(np.cumsum(self.counts), max(1, np.ceil(q * total))))
+        return self.LOW * float(np.exp((index + 0.5) * self.WIDTH))
+
+    def summary(self) -> dict[str, float | None]:
+        return {name: self.quantile(q) for name, q in QUANTILES.items()}
+
+
+def summarise(run_dir: RunDir) -> dict[str, Any]:
+    """Everything the report says, as plain values. Raises ConfigError when there is no manifest, ValueError for a torn file."""
+    manifest = Manifest.load(run_dir)
+    rows = _rows(run_dir, manifest.config.output.prefix)
+    steps = _steps(run_dir)
+    total, wall = sum(map(num_rows, manifest.units)), steps["wall_s"]
+    rates = {"rows_s": rows["rows"], "tokens_in_s": rows["prompt_tokens"], "tokens_out_s": rows["completion_tokens"]}
+    return {
+        "run": str(run_dir.root),
+        "complete": rows["units"] == len(manifest.units),
+        "rows_total": total,
+        "units_total": len(manifest.units),
+        **rows,
+        **steps,
+        **{name: count / wall if wall else None for name, count in rates.items()},
+        "replicas": _replicas(run_dir),
+    }
+
+
+def report(run_dir: RunDir) -> int:
+    """Write summary.json and print it with the first completions. Returns 0: a report of a run that is under way is one too."""
+    summary = summarise(run_dir)
+    run_dir.report.mkdir(exist_ok=True)
+    replace_bytes(run_dir.report / "summary.json", json.dumps(summary, indent=1).encode())
+    _print(table(summary), run_dir)
+    for text in first_completions(run_dir):
+        print(text)
+    sys.stdout.flush()
+    return 0
+
+
+def _files(run_dir: RunDir) -> Iterator[Path]:
+    """The completions that count, in order of units."""
+    for unit, generation in sorted(run_dir.done_units().items()):
+        yield run_dir.completion(unit, generation)
+
+
+def _rows(run_dir: RunDir, prefix: str) -> dict[str, Any]:
+    errors: Counter[str] = Counter()
+    where: dict[str, str] = {}
+    reasons: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    histograms: dict[str, LogHistogram] = {name: LogHistogram() for name in ("ttft_s", "latency_s", "inter_token_s")}
+    for path in _files(run_dir):
+        footer = read_footer(path)
+        sums.update(units=1, rows=footer.rows, prompt_tokens=footer.prompt_tokens, completion_tokens=footer.completion_tokens)
+        errors.update(footer.errors)
+        where.update({code: str(path) for code in footer.errors if code not in where})
+        _add_columns(path, prefix, reasons, histograms)
+    return {
+        **{name: sums[name] for name in ("rows", "units", "prompt_tokens", "completion_tokens")},
+        "error_rows": errors.total(),
+        "errors": {code: {"rows": count, "first_in": where[code]} for code, count in sorted(errors.items())},
+        "finish_reasons": dict(sorted(reasons.items())),
+        **{name: histogram.summary() for name, histogram in histograms.items()},
+    }
+
+
+def _add_columns(path: Path, prefix: str, reasons: Counter[str], histograms: Mapping[str, LogHistogram]) -> None:
+    """The inter-token time of a row is its mean one: (latency - first token) / (tokens - 1)."""
+    names = ("finish_reason", "ttft_s", "latency_s", "num_completion_tokens")
+    columns = pq.read_table(path, columns=[prefix + name for name in names])
+    for entry in columns[prefix + "finish_reason"].value_counts().to_pylist():
+        reasons[entry["values"]] += entry["counts"]
+    ttft, latency, tokens = (_floats(columns[prefix + name]) for name in names[1:])
+    histograms["ttft_s"].add(ttft[~np.isnan(ttft)])
+    histograms["latency_s"].add(latency[~np.isnan(latency)])
+    several = (tokens > 1) & ~np.isnan(ttft) & ~np.isnan(latency)
+    histograms["inter_token_s"].add((latency[several] - ttft[several]) / (tokens[several] - 1))
+
+
+def _floats(column: Any) -> np.ndarray[Any, Any]:
+    """float64, null as NaN."""
+    return np.asarray(column.cast("float64").to_numpy(), dtype=np.float64)
+
+
+def _steps(run_dir: RunDir) -> dict[str, Any]:
+    """`wall_s` is first step to last, summed over submissions: the pause before a resume is not work."""
+    spans: dict[str, tuple[float, float]] = {}  # replica -> first start, last end
+    sums: Counter[str] = Counter()
+    kv_peak = 0.0
+    for replica, number in segments(run_dir):
+        columns = pq.read_table(run_dir.stats / f"{replica}-{number:06d}.parquet", columns=STEP_COLUMNS)
+        values = {name: _floats(columns[name]) for name in STEP_COLUMNS}
+        start, end = values["started"].min(), (values["started"] + values["duration_s"]).max()
+        known = spans.get(replica, (start, end))
+        spans[replica] = (min(known[0], start), max(known[1], end))
+        for name in ("steps", "prefill_seqs", "decode_seqs", "preempted"):
+            sums[name] += int(values[name].sum())
+        kv_peak = max(kv_peak, float((values["kv_blocks_used"] / np.maximum(values["kv_blocks_total"], 1)).max()))
+    steps = sums["steps"]
+    return {
+        "wall_s": _wall(spans),
+        "tail_s": _tail(spans),
+        "steps": steps,
+        "mean_batch_size": (sums["prefill_seqs"] + sums["decode_seqs"]) / steps if steps else None,
+        "kv_peak_share": kv_peak if steps else None,
+        "preemptions": sums["preempted"],
+    }
+
+
+def _by_submission(spans: Mapping[str, tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
+    groups: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for replica, span in spans.items():
+        groups[replica.split("-")[0]].append(span)
+    return groups
+
+
+def _wall(spans: Mapping[str, tuple[float, float]]) -> float:
+    groups = _by_submission(spans).values()
+    return float(sum(max(end for _, end in group) - min(start for start, _ in group) for group in groups))
+
+
+def _tail(spans: Mapping[str, tuple[float, float]]) -> float:
+    """From the first replica of the last submission with nothing left to do, to the end."""
+    groups = _by_submission(spans)
+    ends = [end for _, end in groups[max(groups)]] if groups else [0.0]
+    return float(max(ends) - min(ends))
+
+
+def _replicas(run_dir: RunDir) -> dict[str, Any]:
+    """Per replica: rows, seconds of each phase up to its first token, and why it died, if it did."""
+    found = {}
+    for folder in sorted(run_dir.replicas.iterdir()):
+        progress, death = read_progress(run_dir, folder.name), read_death(run_dir, folder.name)
+        found[folder.name] = {
+            "rows_done": progress.get("rows_done", 0),
+            "phases_s": progress.get("phases", {}),
+            "died": death.sentence() if death else None,
+        }
+    return found
+
+
+def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as (what, how much) for people; what is not known is left out."""
+    lines = [
+        ("rows", f"{summary['rows']:,} of {summary['rows_total']:,} ({summary['units']:,} of {summary['units_total']:,} units)"),
+        ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in summary["finish_reasons"].items())),
+        *((f"error {code}", f"{e['rows']:,} rows, the first in {e['first_in']}") for code, e in summary["errors"].items()),
+        ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"])),
+        ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
+        ("time", f"{duration(summary['wall_s'])} from the first step to the last, tail {duration(summary['tail_s'])}"),
+        *((what, _seconds(summary[key])) for what, key in (("first token", "ttft_s"), ("latency", "latency_s"),
+                                                           ("inter-token", "inter_token_s"))),
+        ("steps", _step_line(summary)),
+        *((f"replica {name}", _replica_line(replica)) for name, replica in summary["replicas"].items()),
+    ]  # fmt: skip
+    return [(what, how) for what, how in lines if how]
+
+
+def _with_rate(count: int, rate: float | None) -> str:
+    return f"{count:,}" + (f" ({rate:,.0f}/s)" if rate is not None else "")
+
+
+def _seconds(quantiles: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:,.3g} s" for name, value in quantiles.items() if value is not None)
+
+
+def _step_line(summary: Mapping[str, Any]) -> str:
+    if not summary["steps"]:
+        return ""
+    batch, peak = f"{summary['mean_batch_size']:,.1f} sequences each", f"KV at most {summary['kv_peak_share']:.0%} used"
+    return f"{summary['steps']:,}, {batch}, {peak}, {summary['preemptions']:,} preemptions"
+
+
+def _replica_line(replica: Mapping[str, Any]) -> str:
+    phases = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in replica["phases_s"].items() if seconds is not None)
+    return "; ".join(filter(None, [f"{replica['rows_done']:,} rows", phases, replica["died"]]))
+
+
+def first_completions(run_dir: RunDir) -> list[str]:
+    """The first rows that have a completion, shortened: one sees at a glance whether they are text."""
+    prefix = Manifest.load(run_dir).config.output.prefix
+    found: list[str] = []
+    for path in _files(run_dir):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(64, columns=[prefix + name for name in ("shard", "row", "completion")]):
+                rows = zip(*(batch.column(i).to_pylist() for i in range(3)), strict=True)
+                found += [f"{shard}:{row}: {_shorten(text)}" for shard, row, text in rows if text is not None]
+                if len(found) >= SAMPLES:
+                    return found[:SAMPLES]
+    return found
+
+
+def _shorten(text: str) -> str:
+    """One line in quotes; line ends and control characters visible."""
+    return json.dumps(text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + "…", ensure_ascii=False)
+
+
+def _print(lines: list[tuple[str, str]], run_dir: RunDir) -> None:
+    if not sys.stdout.isatty():
+        print("\n".join(f"{what + ':':<20} {how}" for what, how in lines))
+        print(f"summary:             {run_dir.report / 'summary.json'}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=str(run_dir.root), show_header=False)
+    for what, how in lines:
+        grid.add_row(Text(what), Text(how))
+    Console().print(grid)
