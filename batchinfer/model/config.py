@@ -110,7 +110,7 @@ def load_shape(model: ModelConfig) -> ModelShape:
     """The shape that `model.path`/config.json states, else `model.architecture`. Raises ConfigError."""
     if model.path is None:
         if not model.architecture:
-            raise ConfigError("model.path is null and model.architecture is empty: give a checkpoint folder or a config.json's fields")
+            raise ConfigError("model.path is null and model.architecture is empty: give a checkpoint, or fields of a config.json")
         return ModelShape.from_hf(model.architecture)
     folder = Path(model.path)
     config = _read_json(folder / "config.json")
