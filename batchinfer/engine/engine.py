@@ -46,6 +46,7 @@ class Engine:
         self.builder = BatchBuilder(scheduler.max_num_seqs, blocks.num_blocks_for(self.max_model_len), blocks.block_size)
         self.sequences: dict[int, Sequence] = {}
         self.num_steps = 0
+        self.phases: dict[str, float] = {}  # seconds that each part of the start took
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError: its id is in use, or it could never be completed (one sentence for the row's error)."""
@@ -162,7 +163,9 @@ def build_engine(config: Config, shape: ModelShape, parallel: TensorParallel, de
     runner = build_runner(config, shape, parallel, device)
     blocks = BlockManager(runner.num_blocks, config.engine.block_size)
     scheduler = Scheduler(blocks, config.engine.max_num_seqs, config.engine.max_num_batched_tokens, runner.max_model_len)
-    return Engine(runner, scheduler, frozenset(shape.eos_token_ids))
+    engine = Engine(runner, scheduler, frozenset(shape.eos_token_ids))
+    engine.phases = runner.phases
+    return engine
 
 
 def serve(runner: ModelRunner) -> None:

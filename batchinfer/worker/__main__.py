@@ -54,7 +54,7 @@ def effective_config(arguments: Arguments, manifest: Manifest) -> Config:
     """The frozen request with what this submission changed of hardware, engine and paths."""
     if arguments.submission is None:
         return manifest.config
-    record = json.loads(arguments.run_dir.submission_json(arguments.submission).read_text())
+    record = json.loads((arguments.run_dir.submissions / f"{arguments.submission:02d}" / "submission.json").read_bytes())
     return from_dict(record["config"])
 
 
