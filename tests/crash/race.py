@@ -77,7 +77,7 @@ def start(run_dir: RunDir, seed: int) -> int:
 
 
 def disturb(pid: int, dice: random.Random, happened: Counter[str]) -> None:
-    if dice.random() < 0.6:
+    if dice.random() < 0.8:
         os.kill(pid, signal.SIGKILL)
         happened["kills"] += 1
     else:
@@ -101,12 +101,12 @@ def reap(pids: list[int], happened: Counter[str]) -> list[int]:
 
 
 def race(folder: Path, seed: int, units: int) -> Counter[str]:
-    run_dir, dice, happened = create_run(folder, units), random.Random(seed), Counter[str]()
+    run_dir, dice, happened = create_run(folder, units), random.Random(seed), Counter({"kills": 0, "freezes": 0})
     alive: list[int] = []
     numbers = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
     while not happened["finished"]:
         alive += [start(run_dir, next(numbers)) for _ in range(WORKERS - len(alive))]
-        time.sleep(dice.uniform(0, 0.12))
+        time.sleep(dice.uniform(0, 0.06))
         disturb(dice.choice(alive), dice, happened)
         alive = reap(alive, happened)
     while alive:
@@ -114,7 +114,7 @@ def race(folder: Path, seed: int, units: int) -> Counter[str]:
         alive = reap(alive, happened)
     won = Counter((run_dir.root / "won").read_text().split())
     assert max(won.values()) == 1, f"units committed twice: {won}"
-    happened["takeovers"] = sum(name.split(".")[1] != "0" for name in os.listdir(run_dir.claims) if name[0] != ".")
+    happened["later_claims"] = sum(name.split(".")[1] != "0" for name in os.listdir(run_dir.claims) if name[0] != ".")
     driver.check_complete(run_dir)
     return happened
 

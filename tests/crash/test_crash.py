@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 # At least so many calls are behind each scenario: fewer would mean that the driver no longer sees them.
 LEAST_KILLS = {
-    "claim_and_commit": 55,
-    "without_links": 55,
+    "claim_and_commit": 50,
+    "without_links": 50,
     "success_reported_as_failure": 55,
     "claim_and_release": 45,
     "take_over": 55,
@@ -39,11 +39,12 @@ def test_killed_before_every_call(tmp_path: Path, scenario: str) -> None:
 
 
 def test_workers_racing_under_random_kills(tmp_path: Path) -> None:
-    happened = run_script("race.py", tmp_path, 1, 120)
-    assert happened["kills"] and happened["freezes"] and happened["takeovers"]
+    happened = run_script("race.py", tmp_path, 1, 200)
+    assert happened["kills"] and happened["freezes"] and happened["later_claims"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 22))
 def test_workers_racing_under_random_kills_for_long(tmp_path: Path, seed: int) -> None:
-    assert run_script("race.py", tmp_path, seed, 100)["kills"]
+    happened = run_script("race.py", tmp_path, seed, 300)
+    assert happened["kills"] and happened["freezes"] and happened["later_claims"]
