@@ -67,6 +67,7 @@ class LlamaForCausalLM(nn.Module):
         """Every slice of the checkpoint that this rank wants."""
         yield from self.embed_tokens.slices()
         for layer in self.layers:
+            assert isinstance(layer, LlamaLayer)
             yield from layer.slices()
         yield from self.norm.slices()
         if self.lm_head is not self.embed_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class Paged:
         with torch.inference_mode():
             hidden = self.model(torch.tensor(tokens), torch.tensor(positions), attention, self.caches)
             logits = self.model.logits(hidden)
-        return [logits[begin:end] for begin, end in zip(begins, begins[1 : len(chunks) + 1], strict=False)]
+        return [logits[begin:end] for begin, end in itertools.pairwise(begins[: len(chunks) + 1])]
 
 
 def greedy(paged: Paged, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:

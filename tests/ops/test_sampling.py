@@ -1,0 +1,107 @@
+"""Random draws: the generator's published answers, the right distribution, and dependence on nothing but the row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from batchinfer.ops import sample
+from batchinfer.ops.reference_sampling import filter_scores, gumbel_noise, philox4x32
+
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [  # Random123's kat_vectors: counter, then key
+        ((0,) * 6, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 6, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (PI, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ],
+)
+def test_philox_known_answers(words, answer):
+    c0, c1, c2, c3, k0, k1 = (torch.tensor(word) for word in words)
+    assert tuple(philox4x32((c0, c1, c2, c3), (k0, k1)).tolist()) == answer
+
+
+def _sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, positions=None):
+    rows = len(logits)
+    full = lambda value, dtype=torch.float32: torch.full((rows,), value, dtype=dtype)  # noqa: E731
+    seeds = torch.arange(rows) if seeds is None else seeds
+    positions = full(5, torch.int32) if positions is None else positions
+    return sample(logits, full(temperature), full(top_k, torch.int32), full(top_p), full(min_p), seeds, positions)
+
+
+def _chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = probabilities * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("vary", ["seeds", "positions"])
+def test_draws_follow_the_softmax(vary):
+    """18 degrees of freedom: chance passes 51 once in 17,000 times, and these draws are always the same ones."""
+    row, count, temperature = torch.randn(19, generator=torch.Generator().manual_seed(0)), 20_000, 1.7
+    numbers = {vary: torch.arange(count) + 2**40 if vary == "seeds" else torch.arange(count)}
+    if vary == "positions":
+        numbers["seeds"] = torch.full((count,), -3)
+    tokens = _sample(row.expand(count, -1), temperature, **numbers)
+    assert _chi_square(tokens.bincount(minlength=19).double(), (row.double() / temperature).softmax(-1)) < 51
+
+
+def test_filtered_draws_follow_the_renormalised_softmax():
+    row, count = torch.randn(19, generator=torch.Generator().manual_seed(0)), 20_000
+    tokens = _sample(row.expand(count, -1), top_k=6)
+    kept = row.topk(6).indices
+    counts = tokens.bincount(minlength=19)
+    assert counts[kept].sum() == count
+    assert _chi_square(counts[kept].double(), row[kept].double().softmax(-1)) < 26  # 5 degrees of freedom
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 200])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
+@pytest.mark.parametrize("min_p", [0.0, 0.2, 1.0])
+def test_filters_keep_what_transformers_keeps(top_k, top_p, min_p):
+    scores = torch.randn(6, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    expected = scores.clone()
+    for warper in [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1) + [MinPLogitsWarper(min_p)]:
+        expected = warper(None, expected)
+    limits = (torch.full((6,), value) for value in (top_k, top_p, min_p))
+    assert torch.equal(filter_scores(scores, *limits), expected)
+
+
+def test_ties_at_the_border():
+    scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+    assert filter_scores(scores, 3 * one.long(), one, 0 * one).isfinite().tolist() == [[True] * 5]
+    assert filter_scores(scores, 0 * one.long(), 0.1 * one, 0 * one).isfinite().tolist() == [[False, True, False, False, False]]
+
+
+def test_a_draw_depends_on_its_row_alone():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(64, 333, generator=generator)
+    settings = [
+        torch.rand(64, generator=generator) * (torch.arange(64) % 3),  # a third greedy
+        torch.randint(0, 40, (64,), generator=generator),
+        torch.rand(64, generator=generator) * 0.5 + 0.6,
+        torch.rand(64, generator=generator) * 0.1,
+        torch.randint(-(2**63), 2**63 - 1, (64,), generator=generator),
+        torch.randint(0, 9999, (64,), generator=generator),
+    ]
+    together = sample(logits, *settings)
+    for i in range(64):
+        assert sample(logits[i : i + 1], *(s[i : i + 1] for s in settings)).tolist() == [int(together[i])]
+    order = torch.randperm(64, generator=generator)
+    assert torch.equal(sample(logits[order], *(s[order] for s in settings)), together[order])
+
+
+def test_noise_does_not_depend_on_the_size_of_the_vocabulary():
+    seeds, positions = torch.tensor([1, -1]), torch.tensor([0, 7])
+    assert torch.equal(gumbel_noise(seeds, positions, 1000)[:, :13], gumbel_noise(seeds, positions, 13))
+
+
+def test_greedy_and_tiny_temperatures_take_the_likeliest():
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(_sample(logits, temperature=0.0), logits.argmax(-1))
+    assert torch.equal(_sample(logits, temperature=1e-30), logits.argmax(-1))
+    assert torch.equal(_sample(logits.bfloat16(), top_p=1e-9), logits.bfloat16().argmax(-1))
