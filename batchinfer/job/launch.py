@@ -200,7 +200,7 @@ def _place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> Local
     # A Ctrl-C reaches the whole foreground group. The controllers must not see it: they would kill their job after one
     # second. Nor may the end of the terminal reach jobs that nobody waits for.
     shielded = [signal.SIGINT, *([] if launcher.wait else [signal.SIGHUP])]
-    with _ignored(shielded):
+    with _ignored(shielded), _output_to(folder / "controllers.log"):
         placed = [executor.submit(job) for job in jobs]
     return LocalJobs(folder, placed, mark_of_job(RunDir(Path(jobs[0].run_dir)), jobs[0].submission))
 
@@ -388,6 +388,23 @@ def _handled(signums: Sequence[int], handler: Callable[..., Any] | signal.Handle
     finally:
         for signum, previous in before.items():
             signal.signal(signum, previous)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Children started here write to `path`. With our own pipe in their hands, whoever reads it would wait for them to end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {fd: os.dup(fd) for fd in (1, 2)}
+    with open(path, "ab") as file:
+        for fd in kept:
+            os.dup2(file.fileno(), fd)
+    try:
+        yield
+    finally:
+        for fd, original in kept.items():
+            os.dup2(original, fd)
+            os.close(original)
 
 
 def _ignored(signums: Sequence[int]) -> contextlib.AbstractContextManager[None]:
