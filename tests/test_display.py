@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from batchinfer.config import from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
@@ -24,12 +25,14 @@ def run_dir(tmp_path: Path) -> RunDir:
     run_dir = RunDir(tmp_path / "run")
     units = [(RowRange(0, 1000 * i, 1000 * i + 1000),) for i in range(2)]
     shards = (Shard("a", 1, 2000, ""),)
-    Manifest.create(run_dir, from_dict({"run_name": "test", **CHECKED}), InputSet(tmp_path, shards, pa.schema([])), [], units, {})
+    config = from_dict({"run_name": "test", **CHECKED})
+    Manifest.create(run_dir, config, InputSet(tmp_path, shards, pa.schema([])), [], units, {})
     return run_dir
 
 
 def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None) -> None:
-    footer = {"schema_version": 1, "unit": unit, "generation": 0, "rows": 1000, "prompt_tokens": 9000, "completion_tokens": 50_000,
+    footer = {"schema_version": 1, "unit": unit, "generation": 0, "rows": 1000,
+              "prompt_tokens": 9000, "completion_tokens": 50_000,
               "errors": errors or {}, "content_hash": "", "input_hash": "", "replica": "01-0-0", "versions": {}}  # fmt: skip
     pq.write_table(pa.table({}).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)}), run_dir.completion(unit, 0))
 

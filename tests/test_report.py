@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from batchinfer.config import from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
@@ -28,7 +29,8 @@ def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | 
               "completion_tokens": 5 * (rows - bad), "errors": {"null_prompt": bad} if bad else {}, "content_hash": "",
               "input_hash": "", "replica": "01-0-0", "versions": {}}  # fmt: skip
     columns = {
-        "x_shard": pa.array(["a.parquet"] * rows), "x_row": pa.array(range(rows)), "x_completion": pa.array(completions, pa.string()),
+        "x_shard": pa.array(["a.parquet"] * rows), "x_row": pa.array(range(rows)),
+        "x_completion": pa.array(completions, pa.string()),
         "x_finish_reason": pa.array(["error" if text is None else "stop" for text in completions]),
         "x_ttft_s": pa.array([None if text is None else 1.0 for text in completions], pa.float64()),
         "x_latency_s": pa.array([None if text is None else 3.0 for text in completions], pa.float64()),

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from batchinfer import stats
 from batchinfer.engine.sequence import StepStats
 from batchinfer.job.rundir import RunDir

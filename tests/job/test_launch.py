@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.data.reader import InputSet
@@ -75,8 +76,8 @@ def eventually(condition: Callable[[], object], timeout_s: float = 30.0) -> None
 def launched(run_dir: RunDir, config: Config, worker: tuple[str, ...]) -> subprocess.Popen[str]:
     """`run_job` in a process group of its own, as a shell starts a foreground job."""
     program = (
-        "import sys; from pathlib import Path; from batchinfer.config import from_dict; from batchinfer.job.launch import run_job\n"
-        f"from batchinfer.job.rundir import RunDir\n"
+        "import sys\nfrom pathlib import Path\nfrom batchinfer.config import from_dict\n"
+        "from batchinfer.job.launch import run_job\nfrom batchinfer.job.rundir import RunDir\n"
         f"sys.exit(run_job(RunDir(Path({str(run_dir.root)!r})), from_dict({config.to_dict()!r}), {worker!r}))"
     )
     pipe = subprocess.PIPE
@@ -227,9 +228,15 @@ def test_outer_device_mask_travels_as_data(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("kind", "nodes", "mask", "message"),
-    [("local", 2, None, "would share this host's GPUs"), ("inline", 2, None, "in this process"), ("local", 1, "0,1", "DEVICES=0,1")],
+    [
+        ("local", 2, None, "would share this host's GPUs"),
+        ("inline", 2, None, "in this process"),
+        ("local", 1, "0,1", "DEVICES=0,1"),
+    ],
 )
-def test_what_cannot_be_placed(kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_placed(
+    kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if mask:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
