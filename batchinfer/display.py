@@ -254,7 +254,7 @@ def line(snapshot: Snapshot) -> str:
     parts = [f"{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {units}"]
     if snapshot.rows_in_progress:
         parts.append(f"{snapshot.rows_in_progress:,} rows not yet committed")
-    if snapshot.working:
+    if snapshot.working and not snapshot.is_complete:
         parts += _load(snapshot)
     if snapshot.errors:
         by_code = ", ".join(f"{code} {count:,}" for code, count in sorted(snapshot.errors.items()))

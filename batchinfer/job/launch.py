@@ -1,7 +1,6 @@
 """Where the jobs of a submission run: on this host, under SLURM, or in this very process; and how they are stopped.
 
-`run_job` places `NodeJob`s, shows the run until it ends, and stops what it started when it is interrupted. submitit starts
-and requeues; whether a job still lives is asked of the processes, or of squeue, which unlike sacct needs no accounting.
+`run_job` places `NodeJob`s, shows the run until it ends, and stops what it started when it is interrupted.
 """
 
 from __future__ import annotations
@@ -12,26 +11,23 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
-from batchinfer.job.node import NodeJob, identity_of_job, is_complete
-from batchinfer.job.process import STOP_SIGNALS, boot_id, is_alive, kill_marked, send, start_time
-from batchinfer.job.replica import DONE, FAILED, STOPPED, mark_of_job
+from batchinfer.job.node import NodeJob, is_complete
+from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_job
+from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
+from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import replace_bytes
 
 INTERRUPTED = 130
 SETTLE_S = 60.0  # jobs get so long to end by themselves once nothing is left to do, or once they are told to stop
-SQUEUE_EVERY_S = 10.0
 
 
 def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = None) -> int:
@@ -48,7 +44,7 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     with _sigterm_interrupts():
         if kind == "inline":
             return _run_inline(run_dir, config, folder, jobs[0])
-        placed: Placed = _place_slurm(run_dir, config, folder, jobs) if kind == "slurm" else _place_local(config, folder, jobs)
+        placed: Placed = place_slurm(run_dir, config, folder, jobs) if kind == "slurm" else place_local(config, folder, jobs)
         _write_submission(folder, kind, placed.ids, config)
         print(f"submission {number:02d}: {kind} jobs {', '.join(placed.ids)} on {run_dir.root}", flush=True)
         if not config.launcher.wait:
@@ -121,140 +117,6 @@ def _cores_per_rank(config: Config, kind: str) -> int | None:
     """Local jobs share this host; what a SLURM job gets it sees only when it runs."""
     ranks = config.launcher.nodes * config.hw.gpus_per_node
     return None if kind == "slurm" else max(1, hardware.usable_cores() // ranks)
-
-
-class Placed(Protocol):
-    """Jobs that were started and can be asked and stopped."""
-
-    @property
-    def ids(self) -> list[str]: ...
-    def alive(self) -> bool: ...
-    def stop(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-@dataclass
-class LocalJobs:
-    """submitit's local jobs: a controller process each, whose child is the NodeJob."""
-
-    folder: Path
-    jobs: Sequence[Any]
-    mark: str
-
-    @property
-    def ids(self) -> list[str]:
-        return [str(job.job_id) for job in self.jobs]
-
-    def alive(self) -> bool:
-        return any(not job.done() for job in self.jobs)
-
-    def stop(self) -> None:
-        """SIGTERM to the controllers, which hand it on. (`job.cancel` sends SIGINT, and SIGKILL a second later.)"""
-        for job in self.jobs:
-            if not job.done():
-                send(int(job.job_id), signal.SIGTERM)
-
-    def kill(self) -> None:
-        for job, path in zip(self.jobs, _identities(self.folder, len(self.jobs)), strict=True):
-            if not job.done():
-                send(int(job.job_id), signal.SIGKILL)
-            _signal_job(path, signal.SIGKILL)
-        kill_marked(self.mark)
-
-
-@dataclass
-class SlurmJobs:
-    """A submitted array, or a single job."""
-
-    ids: list[str]
-    next_look: float = 0.0
-    was_alive: bool = True
-    array: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.array = self.ids[0].split("_")[0]
-
-    def alive(self) -> bool:
-        """Whether squeue lists any of them (pending and requeued ones too), asked every ten seconds."""
-        if self.was_alive and time.monotonic() >= self.next_look:
-            self.next_look = time.monotonic() + SQUEUE_EVERY_S
-            answer = subprocess.run(["squeue", "-h", "-j", self.array, "-o", "%i"], capture_output=True, text=True)
-            gone = answer.returncode == 0 and not answer.stdout.strip()
-            self.was_alive = not (gone or "Invalid job id" in answer.stderr)  # any other failure says nothing about the job
-        return self.was_alive
-
-    def stop(self) -> None:
-        subprocess.run(["scancel", self.array], check=False)
-        self.next_look = 0.0
-
-    def kill(self) -> None:
-        self.stop()
-
-
-def _place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> LocalJobs:
-    import submitit
-
-    launcher = config.launcher
-    executor = submitit.LocalExecutor(folder=folder, max_num_timeout=launcher.max_requeues)
-    executor.update_parameters(timeout_min=launcher.timeout_min, signal_delay_s=_signal_delay(config), stderr_to_stdout=True)
-    # A Ctrl-C reaches the whole foreground group. The controllers must not see it: they would kill their job after one
-    # second. Nor may the end of the terminal reach jobs that nobody waits for.
-    shielded = [signal.SIGINT, *([] if launcher.wait else [signal.SIGHUP])]
-    with _ignored(shielded):
-        placed = [executor.submit(job) for job in jobs]
-    return LocalJobs(folder, placed, mark_of_job(RunDir(Path(jobs[0].run_dir)), jobs[0].submission))
-
-
-def _place_slurm(run_dir: RunDir, config: Config, folder: Path, jobs: Sequence[NodeJob]) -> SlurmJobs:
-    import submitit
-
-    executor = submitit.SlurmExecutor(folder=folder.absolute(), max_num_timeout=config.launcher.max_requeues)
-    try:
-        executor.update_parameters(**sbatch_parameters(run_dir, config))
-        placed = executor.submit_array(list(jobs))
-    except submitit.core.utils.FailedJobError as error:
-        lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"launcher.kind=slurm: sbatch refused the job ({'; '.join(lines)}); check launcher.partition, account, "
-                          "qos, constraint, timeout_min and extra, and what hw asks for") from error  # fmt: skip
-    return SlurmJobs([str(job.job_id) for job in placed])
-
-
-def sbatch_parameters(run_dir: RunDir, config: Config) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told; one task on one node per element of the array."""
-    hw, launcher = config.hw, config.launcher
-    cpus = None if hw.cpus_per_gpu is None else hw.cpus_per_gpu * hw.gpus_per_node
-    wanted = {
-        "job_name": config.run_name or run_dir.root.name,
-        "time": launcher.timeout_min,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "gpus_per_node": None if hw.gpu is None else hw.gpus_per_node,
-        "cpus_per_task": cpus,
-        "srun_args": None if cpus is None else [f"--cpus-per-task={cpus}"],  # srun no longer takes it from sbatch
-        "mem": None if hw.mem_gb is None else f"{hw.mem_gb}GB",
-        "partition": launcher.partition,
-        "account": launcher.account,
-        "qos": launcher.qos,
-        "constraint": launcher.constraint,
-        "setup": [*(f"module load {name}" for name in hw.modules), *launcher.setup] or None,
-        "array_parallelism": launcher.array_parallelism or launcher.nodes,
-        "signal_delay_s": _signal_delay(config),
-        "stderr_to_stdout": True,
-        "additional_parameters": _additional(config),
-    }
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
-def _additional(config: Config) -> dict[str, Any]:
-    """`requeue` is what our restarts rest on, where a site has turned it off by default too. `launcher.extra` wins."""
-    reservation = {} if config.launcher.reservation is None else {"reservation": config.launcher.reservation}
-    extra = {name.replace("_", "-"): value for name, value in config.launcher.extra.items()}
-    return {"requeue": True, **reservation, **extra}
-
-
-def _signal_delay(config: Config) -> int:
-    """Never more than half of the time limit: submitit would send no warning at all."""
-    return min(config.launcher.signal_delay_s, config.launcher.timeout_min * 60 // 2)
 
 
 def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob) -> int:
@@ -344,8 +206,8 @@ def cancel_jobs(run_dir: RunDir) -> int:
         if submission["kind"] == "slurm":
             told += _scancel(submission["jobs"])
         else:
-            jobs = _identities(path.parent, submission["config"]["launcher"]["nodes"])
-            told += sum(_signal_job(job, signal.SIGTERM) for job in jobs)
+            jobs = identities(path.parent, submission["config"]["launcher"]["nodes"])
+            told += sum(signal_job(job, signal.SIGTERM) for job in jobs)
     return told
 
 
@@ -357,22 +219,6 @@ def _scancel(ids: Sequence[str]) -> int:
     return len(ids)
 
 
-def _identities(folder: Path, count: int) -> list[Path]:
-    return [identity_of_job(folder, job) for job in range(count)]
-
-
-def _signal_job(path: Path, signum: int) -> bool:
-    """Signal the process that wrote this identity, if it is of this boot and still lives."""
-    try:
-        identity = json.loads(path.read_bytes())
-    except FileNotFoundError:  # it has not started yet
-        return False
-    if identity["boot_id"] != boot_id() or not is_alive(identity["pid"], identity["started"]):
-        return False
-    send(identity["pid"], signum)
-    return True
-
-
 def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Config) -> None:
     pid = os.getpid()
     record = {"kind": kind, "jobs": list(ids), "pid": pid, "started": start_time(pid), "boot_id": boot_id(),
@@ -380,21 +226,7 @@ def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Confi
     replace_bytes(folder / "submission.json", json.dumps(record, indent=1).encode(), durable=True)
 
 
-@contextlib.contextmanager
-def _handled(signums: Sequence[int], handler: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
-    before = {signum: signal.signal(signum, handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
-
-
-def _ignored(signums: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    return _handled(signums, signal.SIG_IGN)
-
-
 def _sigterm_interrupts() -> contextlib.AbstractContextManager[None]:
     """SIGTERM and the end of the terminal stop the jobs as Ctrl-C does, instead of leaving them behind."""
     wanted = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-    return _handled(wanted, signal.default_int_handler)
+    return handled(wanted, signal.default_int_handler)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from batchinfer.config import from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard, UnitFooter
@@ -84,7 +85,8 @@ def in_background(job: NodeJob) -> subprocess.Popen[bytes]:
 def test_complete_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, units=2)
     body = "commit(int(name.split('-')[2])); print('hello'); sys.exit(0)"
-    job = node_job(run_dir, worker(tmp_path, body), replicas=2, visible_devices=("GPU-a", "MIG-b"), cpus_per_rank=3, env={"X": "1"})
+    devices = ("GPU-a", "MIG-b")
+    job = node_job(run_dir, worker(tmp_path, body), replicas=2, visible_devices=devices, cpus_per_rank=3, env={"X": "1"})
     assert job() == 0
     seen = [json.loads((run_dir.replica(f"01-0-{k}") / "env.json").read_text()) for k in range(2)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["GPU-a", "MIG-b"]

@@ -1,0 +1,108 @@
+"""The report on handmade completions, statistics and progress files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchinfer.config import from_dict
+from batchinfer.data.reader import InputSet
+from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
+from batchinfer.engine.sequence import StepStats
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.rundir import RunDir
+from batchinfer.report import LogHistogram, report, summarise
+from batchinfer.stats import StepRecorder
+
+CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}
+
+
+def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | None]) -> None:
+    rows = len(completions)
+    bad = sum(text is None for text in completions)
+    footer = {"schema_version": 1, "unit": unit, "generation": generation, "rows": rows, "prompt_tokens": 10 * rows,
+              "completion_tokens": 5 * (rows - bad), "errors": {"null_prompt": bad} if bad else {}, "content_hash": "",
+              "input_hash": "", "replica": "01-0-0", "versions": {}}  # fmt: skip
+    columns = {
+        "x_shard": pa.array(["a.parquet"] * rows), "x_row": pa.array(range(rows)),
+        "x_completion": pa.array(completions, pa.string()),
+        "x_finish_reason": pa.array(["error" if text is None else "stop" for text in completions]),
+        "x_ttft_s": pa.array([None if text is None else 1.0 for text in completions], pa.float64()),
+        "x_latency_s": pa.array([None if text is None else 3.0 for text in completions], pa.float64()),
+        "x_num_completion_tokens": pa.array([0 if text is None else 5 for text in completions], pa.int32()),
+    }  # fmt: skip
+    table = pa.table(columns).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
+    pq.write_table(table, run_dir.completion(unit, generation))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    """Two of three units are done, one of them twice; two replicas, of which one went idle three seconds before the other."""
+    run_dir = RunDir(tmp_path / "run")
+    config = from_dict({"run_name": "test", "output": {"prefix": "x_"}, **CHECKED})
+    units = [(RowRange(0, 3 * i, 3 * i + 3),) for i in range(3)]
+    Manifest.create(run_dir, config, InputSet(tmp_path, (Shard("a.parquet", 1, 9, ""),), pa.schema([])), [], units, {})
+    commit(run_dir, 0, 0, [None, None, None])
+    commit(run_dir, 0, 1, ["One\nline", None, "y" * 1000])
+    commit(run_dir, 1, 0, ["Third", "Fourth", None])
+    for name, last in (("01-0-0", 8), ("01-0-1", 5)):
+        (run_dir.replica(name)).mkdir()
+        progress = {"beat": 1, "phase": "done", "rows_done": 3, "phases": {"load": 2.5, "first_token": 4.0}}
+        run_dir.progress(name).write_text(json.dumps(progress))
+        recorder = StepRecorder(run_dir, name)
+        for number in range(last):
+            recorder.record(StepStats(number, 100.0 + number, 1.0, prefill_seqs=1, decode_seqs=3, kv_blocks_used=number,
+                                      kv_blocks_total=10, preempted=number == 1))  # fmt: skip
+        recorder.flush()
+    return run_dir
+
+
+def test_summary(run_dir: RunDir) -> None:
+    summary = summarise(run_dir)
+    assert (summary["rows"], summary["rows_total"], summary["units"], summary["complete"]) == (6, 9, 2, False)
+    assert (summary["prompt_tokens"], summary["completion_tokens"]) == (60, 20)
+    first = str(run_dir.completion(0, 1))
+    assert (summary["error_rows"], summary["errors"]) == (2, {"null_prompt": {"rows": 2, "first_in": first}})
+    assert summary["finish_reasons"] == {"error": 2, "stop": 4}
+    assert (summary["wall_s"], summary["tail_s"], summary["rows_s"], summary["tokens_out_s"]) == (8.0, 3.0, 6 / 8, 20 / 8)
+    assert (summary["steps"], summary["mean_batch_size"], summary["kv_peak_share"], summary["preemptions"]) == (13, 4.0, 0.7, 2)
+    assert summary["ttft_s"]["p50"] == pytest.approx(1.0, rel=0.003)
+    assert summary["latency_s"]["p99"] == pytest.approx(3.0, rel=0.003)
+    assert summary["inter_token_s"]["p90"] == pytest.approx(0.5, rel=0.003)
+    assert summary["replicas"]["01-0-1"]["phases_s"] == {"load": 2.5, "first_token": 4.0}
+
+
+def test_report_is_plain_without_a_terminal(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(run_dir) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "6 of 9 (2 of 3 units)" in out and "first_token 4.0 s" in out
+    lines = out.splitlines()[-3:]
+    assert lines[0] == 'a.parquet:0: "One\\nline"'
+    assert lines[1].endswith('y…"') and len(lines[1]) < 230
+    assert lines[2] == 'a.parquet:0: "Third"'
+    assert json.loads((run_dir.report / "summary.json").read_text()) == summarise(run_dir)
+
+
+def test_report_of_a_run_that_has_nothing_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    shards = (Shard("a", 1, 1, ""),)
+    config = from_dict({"run_name": "test", **CHECKED})
+    Manifest.create(run_dir, config, InputSet(tmp_path, shards, pa.schema([])), [], [(RowRange(0, 0, 1),)], {})
+    assert report(run_dir) == 0
+    assert "0 of 1 (0 of 1 units)" in capsys.readouterr().out
+
+
+def test_histogram_quantiles_are_near_the_exact_ones() -> None:
+    values = np.random.default_rng(0).lognormal(0, 2, 10_000)
+    histogram = LogHistogram()
+    for part in np.array_split(values, 7):
+        histogram.add(part)
+    histogram.add(np.array([]))
+    for q in (0.01, 0.5, 0.9, 0.99):
+        assert histogram.quantile(q) == pytest.approx(np.quantile(values, q, method="inverted_cdf"), rel=0.003)
+    assert LogHistogram().quantile(0.5) is None
