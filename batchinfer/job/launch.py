@@ -44,6 +44,7 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     with _sigterm_interrupts():
         if kind == "inline":
             return _run_inline(run_dir, config, folder, jobs[0])
+        _write_submission(folder, kind, [], config)  # before the jobs, which read their config there
         placed: Placed = place_slurm(run_dir, config, folder, jobs) if kind == "slurm" else place_local(config, folder, jobs)
         _write_submission(folder, kind, placed.ids, config)
         print(f"submission {number:02d}: {kind} jobs {', '.join(placed.ids)} on {run_dir.root}", flush=True)

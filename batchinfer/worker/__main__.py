@@ -1,7 +1,7 @@
 """`python -m batchinfer.worker RUN_DIR [--replica NAME] [--submission N]`: one rank of one replica, started by torchrun.
 
 Rank 0 owns claims, rows, tokenizer, scheduler and commits; the other ranks only follow its batches. The worker knows
-neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do, or it was asked to stop
+neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do; 3: it was asked to stop
 (SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, with one sentence as the last line of stderr.
 """
 
@@ -33,6 +33,8 @@ from batchinfer.worker.replica import Replica, process_age
 
 log = logging.getLogger(__name__)
 
+DONE, FAILED, STOPPED = 0, 1, 3
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -54,7 +56,7 @@ def effective_config(arguments: Arguments, manifest: Manifest) -> Config:
     """The frozen request with what this submission changed of hardware, engine and paths."""
     if arguments.submission is None:
         return manifest.config
-    record = json.loads((arguments.run_dir.submissions / f"{arguments.submission:02d}" / "submission.json").read_bytes())
+    record = json.loads(arguments.run_dir.submission_json(arguments.submission).read_bytes())
     return from_dict(record["config"])
 
 
@@ -69,8 +71,8 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, device: torch.device) -> None:
-    """Rank 0: from an empty process to the last commit."""
+def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, device: torch.device) -> int:
+    """Rank 0: from an empty process to the last commit. Returns the exit code."""
     name = arguments.replica or arguments.run_dir.new_replica("hand")
     progress = Progress(arguments.run_dir, name)
     progress.phases["import"] = process_age()
@@ -86,6 +88,7 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
         finally:
             engine.close()
         progress.enter("done" if complete else "stopped")
+        return DONE if complete else STOPPED
     except BaseException as error:
         progress.enter("failed", error=sentence(error))
         raise
@@ -100,6 +103,14 @@ def work(arguments: Arguments, manifest: Manifest, config: Config, name: str, en
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: replica.stop())
     return replica.run()
+
+
+def follow(config: Config, parallel: TensorParallel, device: torch.device) -> int:
+    """Every other rank. Rank 0 says when to stop: a follower that went by itself would look like a crash."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    serve(build_runner(config, load_shape(config.model), parallel, device))
+    return DONE
 
 
 def sentence(error: BaseException) -> str:
@@ -119,17 +130,15 @@ def main(argv: list[str]) -> int:
         device = choose_device(config)
         parallel = init_distributed(device)
         if parallel.rank == 0:
-            lead(arguments, manifest, config, parallel, device)
+            code = lead(arguments, manifest, config, parallel, device)
         else:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when to stop: a lone follower's exit would look like a crash
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            serve(build_runner(config, load_shape(config.model), parallel, device))
+            code = follow(config, parallel, device)
         parallel.close()
-        return 0
+        return code
     except Exception as error:
         traceback.print_exc()
         print(f"batchinfer: {sentence(error)}", file=sys.stderr, flush=True)
-        return 1
+        return FAILED
 
 
 if __name__ == "__main__":
