@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
-from oracle import greedy, load, widen
+
+from tests.checkpoints import save_checkpoint
+from tests.model.oracle import greedy, load, widen
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

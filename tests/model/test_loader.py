@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
-from oracle import load
 from safetensors.torch import load_file, save_file
 
 from batchinfer.config import ConfigError
+from tests.checkpoints import save_checkpoint
+from tests.model.oracle import load
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_files_that_are_not_a_checkpoint(folder):
     with pytest.raises(ConfigError, match="is not a safetensors file, or it is cut short"):
         load(folder)
     file.unlink()
-    with pytest.raises(ConfigError, match="holds neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
         load(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text("{}")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
-from checkpoints import save_checkpoint
-from oracle import load
 
 from batchinfer.config import ConfigError, ModelConfig
 from batchinfer.model.config import ModelShape
@@ -19,6 +16,8 @@ from batchinfer.model.layers import VocabParallel
 from batchinfer.model.llama import LlamaForCausalLM
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel, init_distributed
+from tests.checkpoints import save_checkpoint
+from tests.model.oracle import load
 
 PROMPTS = {0: [1, 5, 9, 44, 96, 0, 17, 8], 1: [3, 2], 2: [48, 49, 50]}
 CPU = torch.device("cpu")
@@ -39,8 +38,6 @@ def _run(size: int, folder: Path) -> list[torch.Tensor]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Spawned interpreters find the helpers beside this file by PYTHONPATH.
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     torch.multiprocessing.spawn(_rank, (size, port, folder), nprocs=size)
     return [torch.load(folder / f"logits{rank}.pt") for rank in range(size)]
 

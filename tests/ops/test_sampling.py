@@ -64,7 +64,8 @@ def test_filtered_draws_follow_the_renormalised_softmax():
 def test_filters_keep_what_transformers_keeps(top_k, top_p, min_p):
     scores = torch.randn(6, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
     expected = scores.clone()
-    for warper in [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1) + [MinPLogitsWarper(min_p)]:
+    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    for warper in [*warpers, TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]:
         expected = warper(None, expected)
     limits = (torch.full((6,), value) for value in (top_k, top_p, min_p))
     assert torch.equal(filter_scores(scores, *limits), expected)
