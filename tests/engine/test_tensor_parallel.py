@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from tests.checkpoints import make_checkpoint
@@ -24,8 +26,6 @@ def requests_for(vocab_size: int) -> list[Request]:
 
 
 def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) -> None:
-    import os
-
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -38,6 +38,7 @@ def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) ->
         engine.close()
     else:
         serve(build_runner(config, shape, parallel, CPU))
+    dist.destroy_process_group()  # gloo's threads abort a process that exits under them
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
