@@ -72,20 +72,17 @@ class ModelShape:
         """Reads the fields of a Hugging Face config.json. `source` is how error sentences call it. Raises ConfigError."""
         return _from_hf(_Fields(config, source))
 
-    def num_parameters(self) -> int:
-        attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
-
-    def weight_bytes(self, dtype: str, tensor_parallel: int = 1) -> int:
-        """Bytes of the parameters that one rank holds."""
+    def num_parameters(self, tensor_parallel: int = 1) -> int:
+        """Parameters of the model, or of one of its ranks."""
         local = self.local_sizes(tensor_parallel)
         attention = 2 * self.hidden_size * (local.num_heads + local.num_kv_heads) * self.head_dim
         mlp = 3 * self.hidden_size * local.intermediate_size
         embeddings = local.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        count = embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
-        return count * DTYPE_BYTES[dtype]
+        return embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
+
+    def weight_bytes(self, dtype: str, tensor_parallel: int = 1) -> int:
+        """Bytes of the parameters that one rank holds."""
+        return self.num_parameters(tensor_parallel) * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str, tensor_parallel: int = 1) -> int:
         """Bytes of keys and values of one token over all layers, on one rank."""
@@ -113,7 +110,7 @@ def load_shape(model: ModelConfig) -> ModelShape:
     """The shape that `model.path`/config.json states, else `model.architecture`. Raises ConfigError."""
     if model.path is None:
         if not model.architecture:
-            raise ConfigError("model.path is null and model.architecture is empty: give a checkpoint folder or the fields of a config.json")
+            raise ConfigError("model.path is null and model.architecture is empty: give a checkpoint, or fields of a config.json")
         return ModelShape.from_hf(model.architecture)
     folder = Path(model.path)
     config = _read_json(folder / "config.json")

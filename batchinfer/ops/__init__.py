@@ -1,0 +1,5 @@
+"""The operations that a model and the engine are made of. What they compute is specified in `reference.py`."""
+
+from batchinfer.ops.reference import paged_attention, rms_norm, rope_and_cache, sample, silu_and_mul
+
+__all__ = ["paged_attention", "rms_norm", "rope_and_cache", "sample", "silu_and_mul"]

@@ -1,0 +1,197 @@
+"""Layers split over tensor-parallel ranks. Each layer states which slices of the checkpoint it wants, and where to.
+
+Weights are held by a format object (`LinearWeight`), so that a quantised format is another class and no layer changes.
+Column-parallel layers split outputs, row-parallel layers split inputs and sum over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from batchinfer import ops
+from batchinfer.model.config import Llama3Rope, ModelShape
+from batchinfer.model.parallel import TensorParallel
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_blocks, block_size, local KV heads, head_dim]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """Where each token of a flat batch belongs. T tokens, S sequences; the sliding window comes from the model's shape."""
+
+    slot_mapping: Tensor  # [T] place of the token's key and value in the cache; -1: padding, not stored
+    block_tables: Tensor  # [S, max_blocks] int32
+    cu_seqlens_q: Tensor  # [S + 1] where each sequence's tokens begin, and T
+    context_lens: Tensor  # [S] tokens of each sequence up to and with this step's; 0: padding
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSlice:
+    """A wish of a layer: elements start to stop along `dim` of checkpoint tensor `name` belong into `destination`."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor in the checkpoint
+    dim: int
+    start: int
+    stop: int
+    destination: Tensor
+
+
+class LinearWeight(nn.Module):
+    """The matrix [out_features, in_features] of a linear layer in some format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        raise NotImplementedError
+
+    def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
+        """Rows start to stop of checkpoint matrix `name`, to be held from row `at` on."""
+        raise NotImplementedError
+
+    def columns(self, name: str, shape: tuple[int, int], start: int, stop: int) -> Iterator[WeightSlice]:
+        """Columns start to stop of checkpoint matrix `name`: all that this weight holds."""
+        raise NotImplementedError
+
+
+class PlainWeight(LinearWeight):
+    """The matrix itself, in the model's dtype. Zero until loaded, so that rows which only pad stay zero."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
+        yield WeightSlice(name, shape, 0, start, stop, self.weight[at : at + stop - start])
+
+    def columns(self, name: str, shape: tuple[int, int], start: int, stop: int) -> Iterator[WeightSlice]:
+        yield WeightSlice(name, shape, 1, start, stop, self.weight)
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """One checkpoint matrix of a fused column-parallel layer: its name, its rows, and those that are this rank's."""
+
+    name: str
+    total: int
+    start: int
+    stop: int
+
+
+class ColumnParallelLinear(nn.Module):
+    """Several linear layers over one input, fused into one matrix product. Each rank computes its rows of each."""
+
+    def __init__(self, in_features: int, parts: Sequence[OutputPart], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.parts = in_features, parts
+        self.sizes = [part.stop - part.start for part in parts]
+        self.weight = PlainWeight(sum(self.sizes), in_features, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.weight(x)
+        return y
+
+    def slices(self) -> Iterator[WeightSlice]:
+        at = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            yield from self.weight.rows(part.name, (part.total, self.in_features), part.start, part.stop, at)
+            at += size
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose inputs are split: every rank multiplies its columns, and the sum over ranks is the result."""
+
+    def __init__(
+        self, name: str, out_features: int, in_features: int, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.name, self.shape, self.parallel = name, (out_features, in_features), parallel
+        self.start, self.stop = parallel.bounds(in_features, in_features // parallel.size)
+        self.weight = PlainWeight(out_features, self.stop - self.start, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parallel.all_reduce(self.weight(x))
+
+    def slices(self) -> Iterator[WeightSlice]:
+        yield from self.weight.columns(self.name, self.shape, self.start, self.stop)
+
+
+class VocabParallel(nn.Module):
+    """A matrix [vocab_size, hidden_size] split by rows: as an embedding, as the head, or (tied) as both.
+
+    The vocabulary is padded to a multiple of the ranks with zero rows, whose logits are cut off again.
+    """
+
+    def __init__(self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.shape, self.parallel = name, (shape.vocab_size, shape.hidden_size), parallel
+        local = shape.local_sizes(parallel.size).vocab_size
+        self.start, self.stop = parallel.bounds(shape.vocab_size, local)
+        self.weight = _parameter(local, shape.hidden_size, dtype=dtype, device=device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, hidden_size], the same on every rank."""
+        if self.parallel.size == 1:
+            return nn.functional.embedding(token_ids, self.weight)
+        elsewhere = (token_ids < self.start) | (token_ids >= self.stop)
+        rows = nn.functional.embedding((token_ids - self.start).masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, hidden_size] -> [S, vocab_size], the same on every rank."""
+        gathered = self.parallel.all_gather_last(nn.functional.linear(hidden, self.weight))
+        return gathered[:, : self.shape[0]]
+
+    def slices(self) -> Iterator[WeightSlice]:
+        yield WeightSlice(self.name, self.shape, 0, self.start, self.stop, self.weight[: self.stop - self.start])
+
+
+class RMSNorm(nn.Module):
+    """Adds to the residual stream, if there is one yet, and norms it: (x, residual) -> (normed, new residual)."""
+
+    def __init__(self, name: str, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.weight = _parameter(size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            normed = ops.rms_norm(x, self.weight, self.eps)
+            return normed, x  # type: ignore[return-value]  # a tensor, since no residual was given
+        return ops.rms_norm(x, self.weight, self.eps, residual)  # type: ignore[return-value]  # a pair, since one was
+
+    def slices(self) -> Iterator[WeightSlice]:
+        size = self.weight.shape[0]
+        yield WeightSlice(self.name, (size,), 0, 0, size, self.weight)
+
+
+def rotary_table(shape: ModelShape, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosines, then sines, of every position: [num_positions, head_dim], computed in float64, held in float32 at least."""
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+    frequencies = shape.rope_theta**-exponents
+    if shape.rope_scaling is not None:
+        frequencies = _stretch(frequencies, shape.rope_scaling)
+    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
+    held = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, held)
+
+
+def _stretch(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
+    """Llama 3.1's scaling: wavelengths beyond the original context are `factor` times longer, short ones are kept.
+
+    Between the two the kept share grows linearly with the number of turns within the original context.
+    """
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / rope.factor)
+
+
+def _parameter(*size: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*size, dtype=dtype, device=device), requires_grad=False)

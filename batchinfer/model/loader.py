@@ -1,0 +1,144 @@
+"""Fills a model's weights: streamed from safetensors, each rank reading only its slices, or seeded random numbers.
+
+The layers say what they want (`WeightSlice`); this module knows files. Host memory holds one slice at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from batchinfer.config import ConfigError, ModelConfig
+from batchinfer.model.config import ModelShape
+from batchinfer.model.layers import WeightSlice
+from batchinfer.model.llama import LlamaForCausalLM
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CHECKPOINT_DTYPES = ("BF16", "F16", "F32", "F64")
+RANDOM_STD = 0.02
+MAX_NAMES = 5  # of tensors in an error sentence
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading took on this rank: bytes put into weights, and seconds."""
+
+    bytes: int
+    seconds: float
+
+
+def load_weights(
+    model: LlamaForCausalLM, shape: ModelShape, model_cfg: ModelConfig, seed: int, device: torch.device
+) -> LoadReport:
+    """Fill every weight of `model`, which lies on `device`. `seed` is that of load_format=random.
+
+    ConfigError: no safetensors at model.path, a tensor missing, of another shape, left over, or of a type that is not a
+    plain float; a file that is not safetensors.
+    """
+    began = time.monotonic()
+    slices = list(model.slices())
+    if model_cfg.load_format == "random":
+        num_bytes = _fill_random(slices, seed, device)
+    else:
+        num_bytes = _stream(slices, shape, model_cfg.path)
+    return LoadReport(num_bytes, time.monotonic() - began)
+
+
+def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None) -> int:
+    if path is None:
+        raise ConfigError("model.path is null: give a checkpoint folder, or model.load_format=random for weights without one")
+    files = _files_by_tensor(Path(path))
+    _require_same_names(path, {wish.name for wish in slices}, set(files), shape.tie_word_embeddings)
+    by_file: dict[Path, list[WeightSlice]] = {}
+    for wish in slices:
+        by_file.setdefault(files[wish.name], []).append(wish)
+    return sum(_stream_file(file, wishes) for file, wishes in sorted(by_file.items()))
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    """Which file of a checkpoint holds which tensor."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{index} is not an index of safetensors: it must be JSON with a weight_map") from None
+        return {name: folder / file for name, file in weight_map.items()}
+    if not single.exists():
+        raise ConfigError(f"model.path={folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be loaded")
+    with _open(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
+    if missing := wanted - present:
+        raise ConfigError(f"model.path={path} lacks {len(missing):,} tensors that its config.json calls for: {_names(missing)}")
+    tolerated = {name for name in present if name.endswith("rotary_emb.inv_freq")}  # old checkpoints; we compute them
+    if tied:
+        tolerated.add("lm_head.weight")  # a copy of the embedding
+    if left_over := present - wanted - tolerated:
+        raise ConfigError(
+            f"model.path={path} holds {len(left_over):,} tensors that its config.json has no place for: {_names(left_over)}"
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:MAX_NAMES]) + (", ..." if len(ordered) > MAX_NAMES else "")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: the checkpoint's index names it") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a safetensors file, or it is cut short: {error}") from None
+
+
+def _stream_file(path: Path, wishes: list[WeightSlice]) -> int:
+    num_bytes = 0
+    with _open(path) as file:
+        held = set(file.keys())
+        for wish in wishes:
+            if wish.name not in held:
+                raise ConfigError(f"{path} lacks {wish.name}, which the checkpoint's index says it holds")
+            num_bytes += _copy(path, file.get_slice(wish.name), wish)
+    return num_bytes
+
+
+def _copy(path: Path, tensor: Any, wish: WeightSlice) -> int:
+    """`tensor` is the safetensors slice object of wish.name. Returns bytes written."""
+    shape = tuple(tensor.get_shape())
+    if shape != wish.shape:
+        raise ConfigError(f"{path}: {wish.name} has shape {list(shape)}, but config.json calls for {list(wish.shape)}")
+    if tensor.get_dtype() not in CHECKPOINT_DTYPES:
+        raise ConfigError(f"{path}: {wish.name} has type {tensor.get_dtype()}: it must be one of {', '.join(CHECKPOINT_DTYPES)}")
+    if wish.stop > wish.start:  # a rank beyond the end of a short vocabulary has no row
+        span = slice(wish.start, wish.stop)
+        wish.destination.copy_(tensor[span] if wish.dim == 0 else tensor[:, span])
+    return wish.destination.nbytes
+
+
+def _fill_random(slices: list[WeightSlice], seed: int, device: torch.device) -> int:
+    for wish in slices:
+        whole = _random_tensor(wish.name, wish.shape, seed, wish.destination.dtype, device)
+        wish.destination.copy_(whole.narrow(wish.dim, wish.start, wish.stop - wish.start))
+    return sum(wish.destination.nbytes for wish in slices)
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A whole parameter, the same on every rank: normal with RANDOM_STD, around 1 for norms, which are the vectors."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+    whole = torch.empty(shape, dtype=dtype, device=device).normal_(0, RANDOM_STD, generator=generator)
+    return whole + 1 if len(shape) == 1 else whole

@@ -1,0 +1,72 @@
+"""Every op in plain torch: the specification that kernels are compared with, and what runs where there are none.
+
+Exact in the sense that float64 input is computed in float64; half types accumulate in float32. Runs on CPU and CUDA, takes
+strided views, and skips padding (slot -1, sequences without tokens). May read small index tensors back to the host.
+
+Letters of shapes: T tokens of the step, S sequences, H query heads, K key-value heads, D head dimension, V vocabulary.
+Attention over the paged cache is in `reference_attention.py`, drawing tokens in `reference_sampling.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchinfer.ops.reference_attention import paged_attention
+from batchinfer.ops.reference_sampling import sample
+
+__all__ = ["paged_attention", "rms_norm", "rope_and_cache", "sample", "silu_and_mul"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
+
+    With `residual` (same shape) the sum x + residual is normed, and returned beside the result as the new residual.
+    """
+    if residual is not None:
+        x = x + residual
+    wide = x.to(accumulation_dtype(x.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = (normed * weight.to(wide.dtype)).to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def rope_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Turn q [T, H, D] and k [T, K, D] by their positions [T], store k and v [T, K, D], and return the turned q.
+
+    Rotary embedding (Su et al. 2021) in the half-split form: element i pairs with i + D / 2. `cos_sin` [P, D] holds the
+    cosines of each position, then its sines. The caches are [blocks, block_size, K, D]; slot s is place s % block_size of
+    block s // block_size, and tokens with slot -1 are not stored.
+    """
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored].long()
+    block_size = k_cache.shape[1]
+    place = (slots // block_size, slots % block_size)
+    k_cache[place] = _rotate(k, cos, sin)[stored]
+    v_cache[place] = v[stored]
+    return _rotate(q, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [T, 2I] = (gate, up): the gated MLP's activation. Returns [T, I]."""
+    gate, up = gate_up.to(accumulation_dtype(gate_up.dtype)).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

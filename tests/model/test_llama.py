@@ -1,0 +1,60 @@
+"""Our model against transformers, exact in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import save_checkpoint
+from oracle import greedy, load, widen
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+VARIANTS = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {},
+    "one kv head": {"num_key_value_heads": 1},
+    "mistral": {"mistral": True, "sliding_window": 7},
+    "mistral, full attention": {"mistral": True, "sliding_window": None},
+    "head_dim": {"head_dim": 10},
+    "tied": {"tie_word_embeddings": True},
+    "llama3 rope": {"rope_parameters": LLAMA3},
+    "sharded": {"max_shard_size": "10KB"},
+}
+PROMPTS = [[1, 5, 9, 44, 90, 3, 17, 8, 8, 21, 60, 33, 2, 71], [1], [1, 96, 95, 94, 93]]
+
+
+@pytest.fixture(params=VARIANTS)
+def checkpoint(request, tmp_path):
+    changes = VARIANTS[request.param]
+    return tmp_path, widen(save_checkpoint(tmp_path, **changes))
+
+
+def test_logits_and_greedy_tokens_are_those_of_transformers(checkpoint):
+    folder, theirs = checkpoint
+    for prompt, logits in zip(PROMPTS, load(folder).step(dict(enumerate(PROMPTS))), strict=True):
+        expected = theirs(torch.tensor([prompt]), use_cache=False).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    for prompt, drawn in zip(PROMPTS, greedy(load(folder), PROMPTS, 30), strict=True):
+        whole = torch.tensor([prompt + drawn])
+        with torch.no_grad():
+            expected = theirs(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert drawn == expected.tolist()
+
+
+def test_chunked_prefill_and_padding_change_nothing(checkpoint):
+    folder, _ = checkpoint
+    (whole,) = load(folder).step({0: PROMPTS[0]})
+    paged = load(folder)
+    first = paged.step({0: PROMPTS[0][:4], 1: PROMPTS[2]}, padding=3)[0]
+    second = paged.step({1: [4], 0: PROMPTS[0][4:11]})[1]
+    third = paged.step({0: PROMPTS[0][11:]}, padding=1)[0]
+    torch.testing.assert_close(torch.cat((first, second, third)), whole, rtol=0, atol=1e-10)
+
+
+def test_float32_stays_near(tmp_path):
+    theirs = widen(save_checkpoint(tmp_path))
+    (logits,) = load(tmp_path, dtype=torch.float32).step({0: PROMPTS[0]})
+    expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
+    assert (logits - expected).abs().max() < 1e-4
