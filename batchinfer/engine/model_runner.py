@@ -52,7 +52,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
-        self.channel = BatchChannel(parallel.host_group) if parallel.size > 1 else None
+        self.channel = BatchChannel(parallel.host_group) if parallel.host_group is not None else None
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.

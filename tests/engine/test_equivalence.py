@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from batchinfer.model.parallel import TensorParallel
-from tests.checkpoints import make_checkpoint
 
 from batchinfer.engine.model_runner import ModelRunner, build_runner
 from batchinfer.engine.sequence import Request
 from batchinfer.model.config import load_shape
+from batchinfer.model.parallel import TensorParallel
+from tests.checkpoints import save_checkpoint
 from tests.engine.engines import CPU, complete, config_for, engine_with, make_requests
 
 GREEDY = {"ignore_eos": True}
@@ -20,13 +20,15 @@ SAMPLED = {"ignore_eos": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def runner(checkpoint: Path) -> ModelRunner:
     config = config_for(checkpoint)
-    return build_runner(config, load_shape(config.model), TensorParallel.single(), CPU)
+    return build_runner(config, load_shape(config.model), TensorParallel(), CPU)
 
 
 @pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
