@@ -1,8 +1,8 @@
 """One engine step as flat arrays: all that a rank needs to execute it, in one int32 buffer.
 
-A `Batch` *is* its buffer: a header of four sizes, then one array after another, so sharing it with another host or copying
-it to a GPU is one transfer. T tokens, S sequences, B blocks in the longest block table, N sequences that draw a token.
-The scheduler's ranks build batches (`BatchBuilder`), the others receive them (`BatchChannel`).
+A `Batch` *is* its buffer: a header of five sizes, then one array after another, so sharing it with another host or copying
+it to a GPU is one transfer. T tokens, S sequences, B blocks in the longest block table, N sequences that draw a token, F
+tokens that may not be drawn. Rank 0 builds batches (`BatchBuilder`), the others receive them (`BatchChannel`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from batchinfer.engine.scheduler import ScheduledBatch
 from batchinfer.engine.sequence import Sequence
 
 Array = TypeVar("Array")
-HEADER_WORDS = 4  # T, S, B, N; an even number, so that the int64 array behind it is aligned
+HEADER_WORDS = 6  # T, S, B, N, F, 0: an even number, so that the int64 array behind it is aligned
 
 
 def _layout(header: np.ndarray) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
     """(name, first word, shape, dtype) of each array. The order of `Batch`'s fields; int64 first, for its alignment."""
-    t, s, b, n = (int(size) for size in header)
+    t, s, b, n, f, _ = (int(size) for size in header)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "seeds": ((n,), "int64"),
         "temperature": ((n,), "float32"),
@@ -33,6 +33,7 @@ def _layout(header: np.ndarray) -> Iterator[tuple[str, int, tuple[int, ...], str
         "top_k": ((n,), "int32"),
         "sample_rows": ((n,), "int32"),
         "sample_positions": ((n,), "int32"),
+        "forbidden": ((f, 2), "int32"),
         "token_ids": ((t,), "int32"),
         "positions": ((t,), "int32"),
         "slot_mapping": ((t,), "int32"),
@@ -57,6 +58,7 @@ class BatchArrays(Generic[Array]):
     top_k: Array  # [N]
     sample_rows: Array  # [N] which of the T tokens' hidden states a token is drawn from
     sample_positions: Array  # [N] the position that the drawn token will have in its sequence
+    forbidden: Array  # [F, 2] (which of the N, token id): what would end a sequence that is below its min_tokens
     token_ids: Array  # [T]
     positions: Array  # [T]
     slot_mapping: Array  # [T] where the KV cache takes the token's key and value
@@ -72,9 +74,9 @@ class Batch(BatchArrays[np.ndarray]):
     buffer: np.ndarray
 
     @classmethod
-    def empty(cls, num_tokens: int, num_seqs: int, num_blocks: int, num_samples: int) -> Batch:
+    def empty(cls, num_tokens: int, num_seqs: int, num_blocks: int, num_samples: int, num_forbidden: int = 0) -> Batch:
         """A batch of these sizes whose arrays are still to be filled in."""
-        header = np.array([num_tokens, num_seqs, num_blocks, num_samples], dtype=np.int32)
+        header = np.array([num_tokens, num_seqs, num_blocks, num_samples, num_forbidden, 0], dtype=np.int32)
         *_, (_, offset, shape, _) = _layout(header)
         buffer = np.empty(offset + shape[0] * shape[1], dtype=np.int32)
         buffer[:HEADER_WORDS] = header
@@ -120,8 +122,11 @@ class BatchBuilder:
     entry every `block_size` steps, and sampling parameters never change.
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
         self.block_size = block_size
+        self.eos_token_ids = eos_token_ids
         self.rows: dict[int, int] = {}  # request id -> row
         self.free_rows = list(reversed(range(max_num_seqs)))
         self.num_known_blocks = [0] * max_num_seqs  # entries of each row of `block_tables` that are filled in
@@ -140,7 +145,10 @@ class BatchBuilder:
         num_known = np.array([len(seq.token_ids) for seq in sequences], dtype=np.int32)
         lengths = starts + np.array(counts, dtype=np.int32)
         (sampling,) = np.nonzero(lengths == num_known)
-        batch = Batch.empty(sum(counts), len(sequences), -(-int(lengths.max()) // self.block_size), len(sampling))
+        forbidden = self._forbidden([sequences[i] for i in sampling])
+        width = -(-int(lengths.max()) // self.block_size)
+        batch = Batch.empty(sum(counts), len(sequences), width, len(sampling), len(forbidden))
+        batch.forbidden[:] = np.array(forbidden, dtype=np.int32).reshape(-1, 2)
         batch.token_ids[:] = _scheduled_token_ids(sequences, counts)
         batch.context_lens[:] = lengths
         batch.cu_seqlens_q[0] = 0
@@ -175,6 +183,16 @@ class BatchBuilder:
         self.top_p[row], self.min_p[row] = sampling.top_p, sampling.min_p
         self.block_tables[row] = 0
         return row
+
+    def _forbidden(self, sequences: list[Sequence]) -> list[tuple[int, int]]:
+        """(index, token id) of each token that would end one of the sequences, which draw a token, before its min_tokens."""
+        forbidden = []
+        for index, seq in enumerate(sequences):
+            sampling = seq.request.sampling
+            if len(seq.token_ids) - seq.num_prompt_tokens < sampling.min_tokens:
+                ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos_token_ids)
+                forbidden += [(index, token_id) for token_id in ends]
+        return forbidden
 
     def _place(self, batch: Batch, rows: np.ndarray, starts: np.ndarray) -> None:
         """Positions, slots and block tables."""

@@ -43,7 +43,8 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.max_model_len = scheduler.max_model_len
         blocks = scheduler.blocks
-        self.builder = BatchBuilder(scheduler.max_num_seqs, blocks.num_blocks_for(self.max_model_len), blocks.block_size)
+        max_blocks = blocks.num_blocks_for(self.max_model_len)
+        self.builder = BatchBuilder(scheduler.max_num_seqs, max_blocks, blocks.block_size, eos_token_ids)
         self.sequences: dict[int, Sequence] = {}
         self.num_steps = 0
         self.phases: dict[str, float] = {}  # seconds that each part of the start took
@@ -143,7 +144,7 @@ class Engine:
     def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
         sampling = seq.request.sampling
         produced = len(seq.token_ids) - seq.num_prompt_tokens
-        if produced >= sampling.min_tokens:
+        if produced > sampling.min_tokens:
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
                 return "stop"
             if token_id in sampling.stop_token_ids:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from batchinfer import ops
 from batchinfer.config import Config, ConfigError, EngineConfig
-from batchinfer.engine.batch import Batch, BatchChannel
+from batchinfer.engine.batch import Batch, BatchArrays, BatchChannel
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
@@ -52,7 +52,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
-        self.channel = BatchChannel(parallel.host_group) if parallel.size > 1 else None
+        self.channel = BatchChannel(parallel.host_group) if parallel.host_group is not None else None
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
@@ -95,11 +95,22 @@ class ModelRunner:
         logits = self.model.logits(hidden.index_select(0, step.sample_rows))  # every rank: they gather the vocabulary
         if self.parallel.rank != 0:
             return []
-        tokens = ops.sample(
-            logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions
-        )
-        drawn: list[int] = tokens.tolist()
-        return drawn
+        return self._draw(logits, batch, step)
+
+    def _draw(self, logits: torch.Tensor, batch: Batch, step: BatchArrays[torch.Tensor]) -> list[int]:
+        """The next token of each row of logits [N, V]. Overwrites the logits of tokens that may not come yet."""
+        possible = batch.forbidden[batch.forbidden[:, 1] < logits.shape[1]]  # a stop token id may be no token of this model
+        if len(possible):
+            row, token = torch.from_numpy(possible).to(self.device, torch.int64).unbind(1)
+            logits[row, token] = -torch.inf
+        if not batch.temperature.any():
+            drawn = logits.argmax(-1)
+        else:
+            drawn = ops.sample(
+                logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions
+            )
+        tokens: list[int] = drawn.tolist()
+        return tokens
 
 
 def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, device: torch.device) -> ModelRunner:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.engine.batch import Batch, BatchArrays, BatchBuilder
+from batchinfer.engine.batch import HEADER_WORDS, Batch, BatchArrays, BatchBuilder
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.scheduler import ScheduledBatch
 from batchinfer.engine.sequence import Request, SamplingParams, Sequence
@@ -18,7 +18,7 @@ BLOCK_SIZE = 4
 ARRAYS = [field.name for field in dataclasses.fields(BatchArrays)]
 
 
-def sampled_sequence(request_id: int, tokens: list[int], seed: int = 0, **sampling: float) -> Sequence:
+def sampled_sequence(request_id: int, tokens: list[int], seed: int = 0, **sampling: object) -> Sequence:
     return Sequence.from_request(Request(request_id, tokens, SamplingParams(**sampling), seed), now=0.0)  # type: ignore[arg-type]
 
 
@@ -49,6 +49,7 @@ def test_every_array_of_a_small_batch() -> None:
         "top_p": [np.float32(0.9)],
         "min_p": [0.25],
         "top_k": [3],
+        "forbidden": [],
     }
 
 
@@ -59,12 +60,28 @@ def test_a_chunk_that_computes_the_last_token_samples() -> None:
     assert batch.sample_rows.tolist() == [0, 4] and batch.sample_positions.tolist() == [5, 6]
 
 
+def test_what_would_end_a_sequence_too_early_is_forbidden() -> None:
+    builder = BatchBuilder(4, 4, BLOCK_SIZE, eos_token_ids=frozenset({2}))
+    sequences = [
+        sampled_sequence(0, [1], min_tokens=0),
+        sampled_sequence(1, [1], min_tokens=1, ignore_eos=True, stop_token_ids=(7,)),
+        sampled_sequence(2, [1], min_tokens=1, stop_token_ids=(8,)),
+        sampled_sequence(3, [1], min_tokens=1),
+    ]
+    sequences[3].token_ids.append(5)
+    for seq, count in zip(sequences, (1, 1, 1, 2), strict=True):
+        seq.block_table = [seq.request.request_id]
+        assert seq.num_tokens == count
+    batch = builder.build(ScheduledBatch(sequences, [1, 1, 1, 2]))
+    assert sorted(batch.forbidden.tolist()) == [[1, 7], [2, 2], [2, 8]]
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 3])
 def test_packing_keeps_every_array(num_samples: int) -> None:
-    batch = Batch.empty(num_tokens=7, num_seqs=3, num_blocks=2, num_samples=num_samples)
-    batch.buffer[4:] = np.random.default_rng(0).integers(0, 1 << 29, batch.buffer.size - 4)
+    batch = Batch.empty(num_tokens=7, num_seqs=3, num_blocks=2, num_samples=num_samples, num_forbidden=2)
+    batch.buffer[HEADER_WORDS:] = np.random.default_rng(0).integers(0, 1 << 29, batch.buffer.size - HEADER_WORDS)
     copy = Batch.unpack(batch.pack().copy())
-    assert sum(getattr(batch, name).nbytes for name in ARRAYS) == batch.buffer[4:].nbytes
+    assert sum(getattr(batch, name).nbytes for name in ARRAYS) == batch.buffer[HEADER_WORDS:].nbytes
     for name in ARRAYS:
         assert getattr(batch, name).dtype == getattr(copy, name).dtype
         np.testing.assert_array_equal(getattr(batch, name), getattr(copy, name))

@@ -36,7 +36,7 @@ def expected(request: Request, max_model_len: int = MAX_MODEL_LEN) -> tuple[list
         token = next_token(tokens)
         tokens.append(token)
         completion.append(token)
-        if token in stops and len(completion) >= sampling.min_tokens:
+        if token in stops and len(completion) > sampling.min_tokens:
             return completion, "stop"
         if len(completion) == sampling.max_tokens or len(tokens) == max_model_len:
             return completion, "length"
@@ -212,7 +212,7 @@ def test_stop_token_ids_and_min_tokens() -> None:
     tokens = free_run([3, 1, 4])
     first = tokens.index(tokens[4]) + 1
     assert complete([3, 1, 4], max_tokens=100, ignore_eos=True, stop_token_ids=(tokens[4],)) == (tokens[:first], "stop")
-    after = complete([3, 1, 4], max_tokens=first + 3, ignore_eos=True, stop_token_ids=(tokens[4],), min_tokens=first + 1)
+    after = complete([3, 1, 4], max_tokens=first + 3, ignore_eos=True, stop_token_ids=(tokens[4],), min_tokens=first)
     assert len(after[0]) > first
 
 

@@ -8,26 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from batchinfer.model.parallel import TensorParallel
-from tests.checkpoints import make_checkpoint
 
 from batchinfer.config import ConfigError, EngineConfig
 from batchinfer.engine import model_runner
 from batchinfer.engine.engine import build_engine
 from batchinfer.engine.model_runner import build_runner, largest_batch
 from batchinfer.model.config import load_shape
+from batchinfer.model.parallel import TensorParallel
+from tests.checkpoints import save_checkpoint
 from tests.engine.engines import CPU, MAX_MODEL_LEN, config_for
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder)
+    return folder
 
 
 def test_a_small_model_gets_what_its_limits_can_use(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_for(checkpoint, max_num_seqs=5)
     with caplog.at_level(logging.INFO):
-        engine = build_engine(config, load_shape(config.model), TensorParallel.single(), CPU)
+        engine = build_engine(config, load_shape(config.model), TensorParallel(), CPU)
     assert engine.scheduler.blocks.num_blocks == 5 * MAX_MODEL_LEN // 4
     assert engine.max_model_len == MAX_MODEL_LEN
     assert set(engine.runner.phases) == {"load", "kv"}  # type: ignore[attr-defined]
@@ -36,7 +38,7 @@ def test_a_small_model_gets_what_its_limits_can_use(checkpoint: Path, caplog: py
 
 def test_dtype_auto_is_float32_on_a_cpu(checkpoint: Path) -> None:
     config = config_for(checkpoint, dtype="auto")
-    runner = build_runner(config, load_shape(config.model), TensorParallel.single(), CPU)
+    runner = build_runner(config, load_shape(config.model), TensorParallel(), CPU)
     assert runner.kv_cache.dtype == torch.float32
     assert next(runner.model.parameters()).dtype == torch.float32
 
@@ -47,10 +49,10 @@ def test_the_cache_is_a_share_of_free_memory_for_each_process(checkpoint: Path, 
     shape = load_shape(config.model)
     block_bytes = 4 * shape.kv_bytes_per_token("float64")
     monkeypatch.setattr(model_runner, "available_memory", lambda: 600 * block_bytes)
-    assert build_runner(config, shape, TensorParallel.single(), CPU).num_blocks == 100
+    assert build_runner(config, shape, TensorParallel(), CPU).num_blocks == 100
     monkeypatch.setattr(model_runner, "available_memory", lambda: 60 * block_bytes)
     with pytest.raises(ConfigError, match=r"model.max_model_len=96 needs .* hw.tensor_parallel or engine.gpu_memory_utilization"):
-        build_runner(config, shape, TensorParallel.single(), CPU)
+        build_runner(config, shape, TensorParallel(), CPU)
 
 
 @pytest.mark.parametrize(("seqs", "budget"), [(4, 64), (8, 8), (64, 8), (1, 500), (3, 500)])
@@ -60,7 +62,7 @@ def test_the_largest_batch_fills_the_budget_and_runs_over_one_block(checkpoint: 
     assert batch.num_samples == min(seqs, budget)
     assert batch.positions.min() >= 0 and batch.positions.max() == MAX_MODEL_LEN - 1
     config = config_for(checkpoint)
-    runner = build_runner(config, load_shape(config.model), TensorParallel.single(), CPU)
+    runner = build_runner(config, load_shape(config.model), TensorParallel(), CPU)
     before = runner.kv_cache.clone()
     assert len(runner.execute(batch)) == batch.num_samples
     assert torch.equal(runner.kv_cache, before)
