@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "worker.__main__ worker.replica worker.pipeline worker.progress report display",
-    "machines": "engine.engine job.launch job.node job.replica",
-    "policy": "job.plan job.verify engine.scheduler engine.sampler engine.model_runner model.llama model.loader",
-    "mechanisms": "compose memory stats job.manifest job.claims model.parallel model.layers engine.block_manager engine.batch "
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
+    "machines": "engine.engine job.placing job.node job.replica",
+    "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.model_runner model.llama model.loader",
+    "mechanisms": "compose memory stats job.manifest job.claims model.parallel model.layers engine.block_manager "
                   "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.reference ops.reference_attention ops.reference_sampling",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchinfer.config import Config, ConfigError, InputConfig, SamplingConfig
 from batchinfer.data.chat import ChatTemplate
-from batchinfer.data.prompts import PreparedRow, PromptBuilder, row_seed
+from batchinfer.data.prompts import PreparedRow, PromptBuilder, load_tokenizer, row_seed
 from batchinfer.data.schema import ERROR_CODES
 from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.engine.sequence import SamplingParams
@@ -182,7 +182,9 @@ def test_what_can_work_for_no_row_is_refused_at_the_start(tokenizer: Tokenizer) 
         with pytest.raises(ConfigError, match=f"input.{key} needs a chat template"):
             PromptBuilder(Config(input=source), tokenizer, None, 100, 330)
     with pytest.raises(ConfigError, match=r"text prompts need .*tokenizer\.json"):
-        PromptBuilder(Config(input=InputConfig(prompt_column="p")), None, None, 100, 330)
+        load_tokenizer(Config(input=InputConfig(prompt_column="p")))
+    with pytest.raises(ConfigError, match=r"output\.token_ids=false"):
+        load_tokenizer(Config(input=InputConfig(token_ids_column="t")))
 
 
 BASE = SamplingConfig(temperature=0.5, max_tokens=20, stop=["x"])
