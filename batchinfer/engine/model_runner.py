@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from batchinfer import ops
 from batchinfer.config import Config, ConfigError, EngineConfig
-from batchinfer.engine.batch import Batch, BatchArrays, BatchChannel
+from batchinfer.engine.batch import Batch, BatchChannel
+from batchinfer.engine.sampler import sample_tokens
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
@@ -95,21 +95,7 @@ class ModelRunner:
         logits = self.model.logits(hidden.index_select(0, step.sample_rows))  # every rank: they gather the vocabulary
         if self.parallel.rank != 0:
             return []
-        return self._draw(logits, batch, step)
-
-    def _draw(self, logits: torch.Tensor, batch: Batch, step: BatchArrays[torch.Tensor]) -> list[int]:
-        """The next token of each row of logits [N, V]. Overwrites the logits of tokens that may not come yet."""
-        possible = batch.forbidden[batch.forbidden[:, 1] < logits.shape[1]]  # a stop token id may be no token of this model
-        if len(possible):
-            row, token = torch.from_numpy(possible).to(self.device, torch.int64).unbind(1)
-            logits[row, token] = -torch.inf
-        if not batch.temperature.any():
-            drawn = logits.argmax(-1)
-        else:
-            drawn = ops.sample(
-                logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions
-            )
-        tokens: list[int] = drawn.tolist()
+        tokens: list[int] = sample_tokens(logits, batch, step).tolist()
         return tokens
 
 

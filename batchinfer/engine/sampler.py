@@ -1,4 +1,4 @@
-"""Which tokens may be drawn and with what randomness: the policy around `ops.sample`.
+"""Which tokens may be drawn, and the cheapest way to draw them: the policy between the model's logits and `ops.sample`.
 
 The counter of a row's random numbers is the index that the drawn token will have in its sequence (prompt and completion), so
 neither preemption nor resumption changes a draw.
@@ -6,61 +6,22 @@ neither preemption nor resumption changes a draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from batchinfer import ops
-from batchinfer.engine.sequence import SamplingParams
+from batchinfer.engine.batch import Batch, BatchArrays
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """One row of logits: whose next token it is."""
+def sample_tokens(logits: Tensor, batch: Batch, step: BatchArrays[Tensor]) -> Tensor:
+    """The next token of each row of logits [N, V]: [N] int64. `step` is `batch` on the logits' device.
 
-    params: SamplingParams
-    seed: int  # 64 bit, unsigned
-    position: int  # index of the token to draw in prompt + completion
-    num_completion_tokens: int  # drawn so far
-
-
-def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozenset[int]) -> Tensor:
-    """The next token of each row of logits [S, V]: [S] int64. Logits of tokens that may not come yet are overwritten."""
-    _forbid_early_stops(logits, rows, eos_token_ids)
-    if all(row.params.temperature == 0 for row in rows):
+    Logits of tokens that may not come yet (what would end a sequence below its min_tokens) are overwritten.
+    """
+    possible = batch.forbidden[batch.forbidden[:, 1] < logits.shape[1]]  # a stop token id may be no token of this model
+    if len(possible):
+        row, token = torch.from_numpy(possible).to(logits.device, torch.int64).unbind(1)
+        logits[row, token] = -torch.inf
+    if not batch.temperature.any():
         return logits.argmax(-1)
-
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
-
-    params = [row.params for row in rows]
-    return ops.sample(
-        logits,
-        column([p.temperature for p in params], torch.float32),
-        column([p.top_k for p in params], torch.int64),
-        column([p.top_p for p in params], torch.float32),
-        column([p.min_p for p in params], torch.float32),
-        column([as_signed(row.seed) for row in rows], torch.int64),
-        column([row.position for row in rows], torch.int64),
-    )
-
-
-def as_signed(seed: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit seed."""
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _forbid_early_stops(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozenset[int]) -> None:
-    """Rows below min_tokens draw no token that would end them."""
-    places = [
-        (index, token)
-        for index, row in enumerate(rows)
-        if row.num_completion_tokens < row.params.min_tokens
-        for token in {*row.params.stop_token_ids, *(() if row.params.ignore_eos else eos_token_ids)}
-        if token < logits.shape[1]
-    ]
-    if places:
-        index, token = torch.tensor(places, device=logits.device).unbind(1)
-        logits[index, token] = -torch.inf
+    return ops.sample(logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions)

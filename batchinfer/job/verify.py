@@ -6,6 +6,7 @@ One completions file is in memory at a time. Each problem is one line that names
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ class _Verifier:
         self._run_dir, self._manifest = run_dir, manifest
         output = manifest.config.output
         self._prefix = output.prefix
-        inputs = manifest.request["input.schema"]
+        inputs = [_without_item_names(line) for line in manifest.request["input.schema"]]
         kept = [next(line for line in inputs if line.startswith(f"{name}: ")) for name in manifest.columns]
         self._columns = kept + [_describe(field) for field in our_fields(output)]
         self._reader: UnitReader | None = None
@@ -171,7 +172,12 @@ def _column_problem(found: list[str], expected: list[str]) -> str:
 
 
 def _describe(field: pa.Field) -> str:
-    return f"{field.name}: {field.type}"
+    return _without_item_names(f"{field.name}: {field.type}")
+
+
+def _without_item_names(column: str) -> str:
+    """Parquet calls a list's items `element` whatever Arrow called them before."""
+    return re.sub(r"list<\w+: ", "list<", column)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

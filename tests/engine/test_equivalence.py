@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchinfer.engine.batch import BatchBuilder
 from batchinfer.engine.model_runner import ModelRunner, build_runner
-from batchinfer.engine.sampler import SamplingRow, sample_tokens
-from batchinfer.engine.scheduler import ScheduledBatch
-from batchinfer.engine.sequence import Request, SamplingParams, Sequence
+from batchinfer.engine.sequence import Request
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
@@ -90,22 +87,3 @@ def test_min_tokens_keeps_the_end_away(runner: ModelRunner) -> None:
     requests = make_requests(6, runner.shape.vocab_size, min_tokens=3, max_tokens=9, stop_token_ids=stops, ignore_eos=True)
     for tokens in complete(engine_with(runner), requests)[0].values():
         assert tokens[:3] == [11] * 3 and (tokens[-1] != 11 or len(tokens) == 9)
-
-
-def test_draws_equal_the_sampling_policy(runner: ModelRunner) -> None:
-    """Arrays that travel in the batch mean what `sampler.sample_tokens` makes of the parameters themselves."""
-    torch.manual_seed(0)
-    vocab_size, eos = runner.shape.vocab_size, frozenset({2})
-    rows = []
-    for i in range(40):
-        mixed = {"temperature": (i % 3) * 0.7, "top_p": 1 - 0.02 * i, "top_k": i % 5 * 7, "min_p": i % 4 * 0.05}
-        params = SamplingParams(**mixed, min_tokens=i % 2, stop_token_ids=(i, 1000))
-        rows.append(SamplingRow(params, seed=(i * 0x9E3779B97F4A7C15) % 2**64, position=i % 4 + 1, num_completion_tokens=0))
-    builder = BatchBuilder(40, 1, 4, eos)
-    sequences = [Sequence.from_request(Request(i, [3] * row.position, row.params, row.seed), 0.0) for i, row in enumerate(rows)]
-    for seq in sequences:
-        seq.block_table = [seq.request.request_id]
-    batch = builder.build(ScheduledBatch(sequences, [row.position for row in rows]))
-    logits = torch.randn(40, vocab_size, dtype=torch.float64)
-    logits[:, 2] = 9.0
-    assert runner._draw(logits.clone(), batch, batch.to_tensors(CPU)) == sample_tokens(logits, rows, eos).tolist()

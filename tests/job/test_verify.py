@@ -33,7 +33,7 @@ def write_inputs(folder: Path, word: str = "prompt") -> None:
 
 def config_of(data: Path) -> Config:
     source = {"prompt_column": "prompt", "paths": [str(data)]}
-    return from_dict({"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"]}})
+    return from_dict({"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}})
 
 
 def commit(run_dir: RunDir, unit: int, generation: int = 0, keys: Callable[[Keys], Keys] = list,

@@ -47,8 +47,11 @@ def awkward_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Tabl
     pq.write_table(table.slice(5), inputs / "z[1].parquet", row_group_size=3)
     run_dir = folder / "run"
     paths = json.dumps([str(inputs)])
-    result = batchinfer(*QUICK, f"input.paths={paths}", "input.prompt_column=prompt", "input.rows_per_unit=4", f"output.dir={run_dir}")
+    result = batchinfer(*QUICK, f"input.paths={paths}", "input.prompt_column=prompt", "input.rows_per_unit=4",
+                        "output.token_ids=true", f"output.dir={run_dir}")  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
+    verified = batchinfer("verify", run_dir)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     return run_dir, table
 
 
@@ -86,7 +89,8 @@ def test_a_second_run_of_the_same_request_does_nothing_and_another_request_is_re
     run_dir, _ = awkward_run
     before = sorted(path.name for path in (run_dir / "completions").iterdir())
     inputs = json.dumps([str(run_dir.parent / "in put's \"dir\"")])
-    request = [*QUICK, f"input.paths={inputs}", "input.prompt_column=prompt", "input.rows_per_unit=4", f"output.dir={run_dir}"]
+    request = [*QUICK, f"input.paths={inputs}", "input.prompt_column=prompt", "input.rows_per_unit=4",
+               "output.token_ids=true", f"output.dir={run_dir}"]  # fmt: skip
     assert batchinfer(*request).returncode == 0
     assert sorted(path.name for path in (run_dir / "completions").iterdir()) == before
     refused = batchinfer(*request, "sampling.temperature=0.5")
