@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from batchinfer.config import RESULT, SCHEMA, Config, ConfigError, flatten, from_dict, leaves
 from batchinfer.data.reader import InputSet

@@ -213,7 +213,7 @@ class PlanReport:
 
     def _layout(self) -> list[tuple[str, str]]:
         hw, nodes = self.fitted.hw, self.config.launcher.nodes
-        what = hw.gpu or "CPU process"
+        what = f"{hw.gpu} ({hw.interconnect or 'no link'})" if hw.gpu else "CPU process"
         replicas = _count(nodes * self.replicas_per_node, "replica")
         return [("hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"),
                 ("layout", f"{replicas} of {_count(int(hw.tensor_parallel), 'rank')} (hw.tensor_parallel)")]

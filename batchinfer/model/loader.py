@@ -50,6 +50,8 @@ def load_weights(
         num_bytes = _fill_random(slices, seed, device)
     else:
         num_bytes = _stream(slices, shape, model_cfg.path)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # copies and random numbers are still under way
     return LoadReport(num_bytes, time.monotonic() - began)
 
 
