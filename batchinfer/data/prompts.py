@@ -251,13 +251,13 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     """Messages as the template wants them. Null fields of a struct are left out: templates ask whether a field is there."""
     if isinstance(value, _Unreadable):
         raise RowError("bad_messages", f"the messages cannot be read: {value.reason}")
-    if value is None:
-        raise RowError("null_prompt", "the messages are null")
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError("bad_messages", f"the messages are not JSON: {error}") from error
+    if value is None:
+        raise RowError("null_prompt", "the messages are null")
     if not isinstance(value, list) or not value:
         raise RowError("bad_messages", "the messages must be a list of at least one {role, content}")
     return [_message(i, message) for i, message in enumerate(value)]

@@ -250,6 +250,13 @@ def _require_unchanged(path: Path, shard: Shard) -> None:
         )
 
 
+def read_schema(root: Path, shard: Shard) -> pa.Schema:
+    """The columns of one shard of a frozen plan. Raises InputChanged when the file is not the planned one."""
+    path = Path(root) / shard.path
+    _require_unchanged(path, shard)
+    return pq.read_schema(path)
+
+
 class UnitReader:
     """Reads units of a frozen plan. Consecutive units of one row group continue one decode, however large the group is.
 

@@ -16,7 +16,7 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("row", pa.int64(), nullable=False),
     pa.field("sample", pa.int32(), nullable=False),
     pa.field("completion", pa.string()),
-    pa.field("token_ids", pa.list_(pa.int32())),
+    pa.field("token_ids", pa.list_(pa.field("element", pa.int32()))),  # named as Parquet names it
     pa.field("finish_reason", pa.string(), nullable=False),
     pa.field("error", pa.string()),
     pa.field("error_message", pa.string()),

@@ -31,6 +31,7 @@ class Tokenizer:
         self.eos_token_id: int | None = self._special_id("eos_token")
         fallbacks = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = frozenset(token for token in fallbacks if token is not None)
+        self._special_ids = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
 
     @classmethod
     def load(cls, model_path: str | Path) -> Tokenizer:
@@ -62,6 +63,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids: special tokens skipped, spaces left as they are, ids without a token ignored."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def gives_text(self, token_id: int) -> bool:
+        """False for ids that `decode` leaves out: special tokens, and ids without a token."""
+        return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
 
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -138,7 +143,9 @@ class IncrementalDecoder:
     def _settle(self, whole: str) -> None:
         context = self._ids[-_CONTEXT:]
         text = self._tokenizer.decode(context)
-        safe = self._ids[-1] not in self._tokenizer.byte_ids and not whole.endswith(_REPLACEMENT)
+        # A run of byte tokens goes on behind tokens without text.
+        last = next(filter(self._tokenizer.gives_text, reversed(self._ids)), None)
+        safe = last not in self._tokenizer.byte_ids and not whole.endswith(_REPLACEMENT)
         if not (safe and text.strip() and whole.endswith(text)):
             self._try_at *= 2 if safe else 1  # the next token may be a better border; a context without text is not, for long
             return

@@ -102,7 +102,8 @@ def commit_unit(
 
 
 def _write(file: IO[bytes], table: pa.Table, footer: UnitFooter, codec: str) -> None:
-    with pq.ParquetWriter(file, table.schema, compression=codec) as writer:
+    # List items keep the names that they have in the input, so that a type is read back as it was, to the letter.
+    with pq.ParquetWriter(file, table.schema, compression=codec, use_compliant_nested_type=False) as writer:
         for group in _row_groups(table):
             writer.write_table(group)
         writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})

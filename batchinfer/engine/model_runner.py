@@ -7,6 +7,7 @@ the tokens and brings them to its host.
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import numpy as np
@@ -56,9 +57,7 @@ class ModelRunner:
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
-        self.kv_cache = torch.zeros(
-            2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim, dtype=dtype, device=device
-        )
+        self.kv_cache = zeros((2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim), dtype, device)
         keys, values = self.kv_cache
         self.kv_caches = list(zip(keys, values, strict=True))
 
@@ -97,6 +96,13 @@ class ModelRunner:
             return []
         tokens: list[int] = sample_tokens(logits, batch, step).tolist()
         return tokens
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.zeros`, but memory of a CPU becomes resident only where it is written: a short run ends before it fills its cache."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, device: torch.device) -> ModelRunner:

@@ -31,6 +31,7 @@ from batchinfer.publish import Published, publish_bytes, replace_bytes
 
 PACKAGES = ("batchinfer", "torch", "pyarrow", "tokenizers", "safetensors", "jinja2")
 HASH_THREADS, HASH_BYTES = 4, 8 << 20
+NOT_NULL = " not null"  # behind the type of an input column that can hold no null in any shard
 SHOWN_CHARACTERS = 120  # of a value in a refusal
 
 
@@ -111,7 +112,7 @@ def request_of(config: Config, shards: Sequence[Shard], schema: pa.Schema) -> di
     request["model.chat_template"] = _template(config.model.chat_template)
     request["output.schema_version"] = SCHEMA_VERSION
     request["input.shards"] = _describe(shards)
-    request["input.schema"] = [f"{field.name}: {field.type}" for field in schema]
+    request["input.schema"] = [f"{field.name}: {field.type}{'' if field.nullable else NOT_NULL}" for field in schema]
     return request | checkpoint_digests(config.model.path)
 
 

@@ -20,7 +20,7 @@ from batchinfer.data.columns import columns_to_read
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.schema import SCHEMA_VERSION, Unit, UnitFooter, num_rows
 from batchinfer.data.writer import logical_hash, our_fields, read_footer
-from batchinfer.job.manifest import Manifest
+from batchinfer.job.manifest import NOT_NULL, Manifest
 from batchinfer.job.rundir import RunDir, parse_completion
 
 Key = tuple[str, int, int]  # shard, row, sample
@@ -40,7 +40,7 @@ class _Verifier:
         self._run_dir, self._manifest = run_dir, manifest
         output = manifest.config.output
         self._prefix = output.prefix
-        inputs = [_without_item_names(line) for line in manifest.request["input.schema"]]
+        inputs = [_without_item_names(line.removesuffix(NOT_NULL)) for line in manifest.request["input.schema"]]
         kept = [next(line for line in inputs if line.startswith(f"{name}: ")) for name in manifest.columns]
         self._columns = kept + [_describe(field) for field in our_fields(output)]
         self._reader: UnitReader | None = None

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from batchinfer.config import Config
 from batchinfer.data.chat import ChatTemplate
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.prompts import PromptBuilder, load_tokenizer
-from batchinfer.data.reader import UnitReader, scan_shards
+from batchinfer.data.reader import UnitReader, read_schema, scan_shards
 from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
-from batchinfer.job.manifest import Manifest, check_weights, hash_weights
+from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
 from batchinfer.job.rundir import RunDir
 from batchinfer.stats import StepRecorder
 from batchinfer.worker.pipeline import CompletionSink, RequestSource
@@ -66,7 +66,7 @@ class Replica:
         self._weights = Background(self._check_weights, "weights-hash")
         self._board = ClaimBoard(run_dir, len(manifest.units), Identity.here(name), config.engine.stall_timeout_s)
         root = input_root(manifest, config)
-        schema = pq.read_schema(root / manifest.shards[0].path)
+        schema = input_schema(manifest, root)
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
         tokenizer = load_tokenizer(config)
         template = ChatTemplate.load(config.model.path, config.model.chat_template)
@@ -110,8 +110,9 @@ class Replica:
             self._progress.phases["first_token"] = process_age()
 
     def _admit(self) -> None:
-        """Keeps a few sequences waiting in the engine, so that its scheduler can fill every step."""
-        ahead = max(8, self._config.engine.max_num_seqs // 4)
+        """Keeps the engine full and a few sequences waiting, so that its scheduler can fill every step."""
+        limit = self._config.engine.max_num_seqs
+        ahead = max(8, limit // 4, limit - self._engine.num_running)
         while self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
             request = self._sink.admit(row)
             if request is not None:
@@ -160,6 +161,13 @@ def input_root(manifest: Manifest, config: Config) -> Path:
     if config.input.paths == manifest.config.input.paths:
         return Path(manifest.input_root)
     return scan_shards(config.input.paths).root
+
+
+def input_schema(manifest: Manifest, root: Path) -> pa.Schema:
+    """The input's columns as the first shard has them, nullable where they are so in any shard. Raises InputChanged."""
+    schema = read_schema(root, manifest.shards[0])
+    required = {line.removesuffix(NOT_NULL) for line in manifest.request["input.schema"] if line.endswith(NOT_NULL)}
+    return pa.schema([field.with_nullable(f"{field.name}: {field.type}" not in required) for field in schema], schema.metadata)
 
 
 def process_age() -> float:

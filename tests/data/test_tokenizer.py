@@ -31,6 +31,14 @@ def test_text_so_far_is_the_decoded_text_without_its_broken_end(tokenizer: Token
     assert decoder.finish() == tokenizer.decode(ids)
 
 
+def test_a_run_of_bytes_goes_on_behind_special_tokens(byte_fallback_folder: Path) -> None:
+    tokenizer = Tokenizer.load(byte_fallback_folder)
+    decoder, ids = IncrementalDecoder(tokenizer), [1, 1, 1, 1, 1, 1, 3, 1, 131]  # byte 0 and byte 128 with </s> between
+    for token_id in ids:
+        decoder.add([token_id])
+    assert decoder.finish() == tokenizer.decode(ids)
+
+
 @HYPOTHESIS
 @given(text=st.text(max_size=60))
 def test_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
