@@ -73,6 +73,9 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
             raise ConfigError("model.path=null: text prompts need a checkpoint folder with tokenizer.json; without one only"
                               " input.token_ids_column works")  # fmt: skip
         return Tokenizer.load(path)  # says what is missing
+    if config.sampling.stop:
+        raise ConfigError(f"sampling.stop={config.sampling.stop}: model.path={path} has no tokenizer.json to look for text with; "
+                          "use sampling.stop_token_ids")  # fmt: skip
     if not config.output.token_ids:
         raise ConfigError(f"output.token_ids=false: model.path={path} has no tokenizer.json to make text with; set it to true")
     return None
@@ -119,9 +122,12 @@ class PromptBuilder:
         if isinstance(value, _Unreadable):
             raise RowError("bad_sampling", f"sampling overrides cannot be read: {value.reason}")
         try:
-            return row_sampling(self._config.sampling, value)
+            sampling = row_sampling(self._config.sampling, value)
         except BadSampling as error:
             raise RowError("bad_sampling", str(error)) from error
+        if sampling.stop and self._tokenizer is None:
+            raise RowError("bad_sampling", "stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids")
+        return sampling
 
     def _content(self, row: Mapping[str, Any]) -> str | list[int]:
         if self._source.token_ids_column is not None:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -142,9 +143,7 @@ class Totals:
     rows_done: int = 0
     rows_committed: int = 0
     units_committed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
 
 
 class CompletionSink:
@@ -225,12 +224,9 @@ class CompletionSink:
             self._commits.append(self._thread.submit(self._commit, unit))
 
     def _count(self, result: RowResult) -> None:
-        totals = self.totals
-        totals.rows_done += 1
-        totals.prompt_tokens += 0 if result.error else result.num_prompt_tokens
-        totals.completion_tokens += len(result.token_ids)
+        self.totals.rows_done += 1
         if result.error:
-            totals.errors[result.error] = totals.errors.get(result.error, 0) + 1
+            self.totals.errors[result.error] += 1
 
     def _reap(self, wait: bool) -> None:
         """Raises what a commit raised; forgets the commits that have ended."""

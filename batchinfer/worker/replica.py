@@ -73,6 +73,7 @@ class Replica:
         builder = PromptBuilder(config, tokenizer, template, max_model_len, vocab_size)
         self._source = RequestSource(manifest, self._board, reader, builder, window=2 * config.engine.max_num_seqs)
         self._sink = CompletionSink(run_dir, manifest, config, name, tokenizer, schema, self._before_commit)
+        self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
         self._looked_for_cancel = time.monotonic()
 
@@ -104,6 +105,8 @@ class Replica:
         self._progress.enter("running")
         outputs, stats = self._engine.step()
         self._recorder.record(stats)
+        self._prompt_tokens += stats.prefill_tokens
+        self._completion_tokens += stats.decode_tokens
         for request_id in self._sink.accept(outputs, stats.step):
             self._engine.abort(request_id)
         if "first_token" not in self._progress.phases and outputs:
@@ -151,8 +154,9 @@ class Replica:
         blocks = engine.scheduler.blocks
         return {
             "rows_done": totals.rows_done, "rows_committed": totals.rows_committed, "units_committed": totals.units_committed,
-            "prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens, "errors": dict(totals.errors),
-            "running": engine.num_running, "waiting": engine.num_waiting, "kv_used": blocks.num_used_blocks, "kv_total": blocks.num_blocks,
+            "prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens, "errors": dict(totals.errors),
+            "running": engine.num_running, "waiting": engine.num_waiting,
+            "kv_used": blocks.num_used_blocks, "kv_total": blocks.num_blocks,
         }  # fmt: skip
 
 

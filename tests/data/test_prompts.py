@@ -185,6 +185,15 @@ def test_what_can_work_for_no_row_is_refused_at_the_start(tokenizer: Tokenizer) 
         load_tokenizer(Config(input=InputConfig(prompt_column="p")))
     with pytest.raises(ConfigError, match=r"output\.token_ids=false"):
         load_tokenizer(Config(input=InputConfig(token_ids_column="t")))
+    with pytest.raises(ConfigError, match=r"sampling\.stop=\['x'\]"):
+        load_tokenizer(Config(input=InputConfig(token_ids_column="t"), sampling=SamplingConfig(stop=["x"])))
+
+
+def test_a_row_with_stop_strings_and_no_tokenizer_is_an_error() -> None:
+    config = Config(input=InputConfig(token_ids_column="t", sampling_column="s"))
+    table = pa.table({"t": [[1], [2]], "s": ['{"stop": "x"}', "{}"]})
+    rows = PromptBuilder(config, None, None, 100, 330).prepare(table, [("s", 0), ("s", 1)])
+    assert [row.error for row in rows] == ["bad_sampling", None]
 
 
 BASE = SamplingConfig(temperature=0.5, max_tokens=20, stop=["x"])
