@@ -157,11 +157,15 @@ JSON_SAMPLING: list[tuple[str | None, str | None]] = [
 ]
 
 
+LONG = " ".join(f"word{k}" for k in range(40))
+
+
 def test_sampling_of_the_row_as_json(tmp_path: Path, oracle: Oracle) -> None:
-    overrides, _ = zip(*JSON_SAMPLING, strict=True)
-    table = pa.table({"prompt": ["Return the "] * len(overrides), "how": pa.array(overrides, pa.string())})
-    rows = run(tmp_path, table, "input.prompt_column=prompt", "input.sampling_column=how", "model.max_model_len=48", "model.dtype=float64")
-    for row, (override, complaint) in zip(rows, JSON_SAMPLING, strict=True):
+    overrides = [override for override, _ in JSON_SAMPLING]
+    table = pa.table({"prompt": ["Return the "] * len(overrides) + [LONG], "how": pa.array([*overrides, None], pa.string())})
+    rows = run(tmp_path, table, "input.prompt_column=prompt", "input.sampling_column=how", "model.max_model_len=48",
+               "input.too_long=truncate_left", "model.dtype=float64")  # fmt: skip
+    for row, (override, complaint) in zip(rows[:-1], JSON_SAMPLING, strict=True):
         assert row["error"] == ("bad_sampling" if complaint else None), (override, row)
         assert complaint is None or complaint in row["error_message"], row["error_message"]
     plain = oracle.complete("Return the ")
@@ -170,9 +174,11 @@ def test_sampling_of_the_row_as_json(tmp_path: Path, oracle: Oracle) -> None:
     longer = oracle.complete("Return the ", 9)
     assert "g" in longer and rows[4]["completion"] == longer[: longer.index("g")] and rows[4]["finish_reason"] == "stop"
     assert rows[6]["num_completion_tokens"] + rows[6]["num_prompt_tokens"] == 48 and rows[6]["finish_reason"] == "length"
+    assert (rows[-1]["num_prompt_tokens"], rows[-1]["num_completion_tokens"]) == (47, 1)
+    assert rows[-1]["completion"] == oracle.text(oracle.tokenizer(LONG)["input_ids"][-47:], 1)
 
 
-def test_sampling_of_the_row_as_struct(tmp_path: Path) -> None:
+def test_sampling_of_the_row_as_struct(tmp_path: Path, oracle: Oracle) -> None:
     kind = pa.struct([("temperature", pa.float32()), ("max_tokens", pa.float64()), ("stop", pa.list_(pa.string())), ("ignore_eos", pa.bool_())])
     values = [
         None,
@@ -182,23 +188,15 @@ def test_sampling_of_the_row_as_struct(tmp_path: Path) -> None:
         {"temperature": None, "max_tokens": float("inf"), "stop": None, "ignore_eos": None},
         {"temperature": None, "max_tokens": None, "stop": [None], "ignore_eos": None},
     ]
-    table = pa.table({"prompt": ["Return the "] * len(values), "how": pa.array(values, kind)})
-    rows = run(tmp_path, table, "input.prompt_column=prompt", "input.sampling_column=how", "output.token_ids=true")
-    assert errors(rows) == [None, None, None, "bad_sampling", "bad_sampling", "bad_sampling"]
+    table = pa.table({"prompt": ["Return the "] * len(values) + [LONG], "how": pa.array([*values, None], kind)})
+    rows = run(tmp_path, table, "input.prompt_column=prompt", "input.sampling_column=how", "output.token_ids=true",
+               "model.max_model_len=48", "input.too_long=truncate_right", "model.dtype=float64")  # fmt: skip
+    assert errors(rows) == [None, None, None, "bad_sampling", "bad_sampling", "bad_sampling", None]
+    assert (rows[-1]["num_prompt_tokens"], rows[-1]["num_completion_tokens"]) == (47, 1)
+    assert rows[-1]["completion"] == oracle.text(oracle.tokenizer(LONG)["input_ids"][:47], 1)
     assert rows[1]["num_completion_tokens"] == 3
     assert [row["token_ids"] is None for row in rows] == [row["error"] is not None for row in rows]
     assert all(len(row["token_ids"]) == row["num_completion_tokens"] for row in rows[:3])
-
-
-def test_too_long_prompts_are_cut_on_the_side_asked_for(tmp_path: Path, oracle: Oracle) -> None:
-    words = " ".join(f"word{k}" for k in range(40))
-    ids = oracle.tokenizer(words)["input_ids"]
-    assert len(ids) > 32
-    for side, kept in (("left", ids[-31:]), ("right", ids[:31])):
-        (row,) = run(tmp_path, pa.table({"prompt": [words]}), "input.prompt_column=prompt", f"input.too_long=truncate_{side}",
-                     "model.max_model_len=32", "model.dtype=float64", name=side)  # fmt: skip
-        assert (row["num_prompt_tokens"], row["num_completion_tokens"]) == (31, 1)
-        assert row["completion"] == oracle.text(kept, 1)
 
 
 def test_many_tiny_shards_of_one_kind_written_by_many_hands(tmp_path: Path) -> None:
@@ -245,3 +243,50 @@ def test_no_row_at_all(tmp_path: Path) -> None:
     empty = pa.table({"prompt": pa.array([], pa.string())})
     assert run(tmp_path, {"a.parquet": empty, "b.parquet": empty}, "input.prompt_column=prompt") == []
     assert "0 of 0" in batchinfer("report", tmp_path / "run").stdout
+
+
+def test_stop_strings_across_tokens_and_scripts(tmp_path: Path) -> None:
+    """Each row again, with a stop string cut out of the middle of what it says without one: drawn wildly, so in many scripts."""
+    request = ["input.prompt_column=prompt", "sampling.temperature=4", "sampling.max_tokens=24", "sampling.ignore_eos=true",
+               "model.dtype=float64", "output.token_ids=true"]  # fmt: skip
+    table = pa.table({"prompt": ["Return the ", "naïve 雪 🎉 ", "def f(x):\n", "The "] * 36})
+    whole = [row["completion"] for row in run(tmp_path, table, *request, name="whole")]
+    starts = [next((i for i, letter in enumerate(text) if letter > "~" and letter != "\ufffd"), 2 + k % 12) for k, text in enumerate(whole)]
+    stops = [text[start : start + 1 + k % 5] for k, (text, start) in enumerate(zip(whole, starts, strict=True))]
+    assert any(not stop.isascii() for stop in stops)
+    table = table.append_column("how", [[json.dumps({"stop": ["never said", stop]}) for stop in stops]])
+    rows = run(tmp_path, table, *request, "input.sampling_column=how", name="stopped")
+    for row, text, stop in zip(rows, whole, stops, strict=True):
+        assert row["finish_reason"] == "stop", (stop, text, row)
+        if "\ufffd" not in stop:  # half a character is held back until it is whole, or can not become so
+            assert row["completion"] == text[: text.index(stop)], (stop, text)
+
+
+SETTINGS: dict[str, list[str]] = {
+    "plain": [],
+    "small units and steps": ["input.rows_per_unit=3", "engine.max_num_seqs=5", "engine.max_num_batched_tokens=17"],
+    "odd blocks, half the rows": ["engine.block_size=7", "engine.max_num_seqs=1", "input.rows_per_unit=11", "input.limit=20"],
+    "three replicas": ["hw.gpus_per_node=3", "hw.tensor_parallel=1", "input.rows_per_unit=4"],
+    "with a shard more": [],
+}
+
+
+def test_drawn_text_depends_on_the_row_alone(tmp_path: Path) -> None:
+    words = "Return the list of words and a number for each file in it".split()
+    prompts = [" ".join(words[: k % 12 + 1]) for k in range(40)]
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    pq.write_table(pa.table({"prompt": prompts}), inputs / "b.parquet")
+    expected: dict[Any, Any] = {}
+    for name, settings in SETTINGS.items():
+        if name == "with a shard more":
+            pq.write_table(pa.table({"prompt": prompts[::-1][:13]}), inputs / "a.parquet")
+        run_dir = tmp_path / name
+        done = batchinfer(*QUICK, f"input.paths=['{inputs}']", "input.prompt_column=prompt", "model.dtype=float64", "output.token_ids=true",
+                          "sampling.temperature=0.8", "sampling.max_tokens=12", f"output.dir='{run_dir}'", *settings)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = texts(run_dir)
+        expected = expected or found
+        same = {key: row for key, row in found.items() if key[0] == "b.parquet"}
+        assert same == {key: row for key, row in expected.items() if key in same}, name
+        assert len(same) == (20 if "input.limit=20" in settings else 40)
