@@ -60,7 +60,8 @@ def test_resident_memory_is_flat_over_half_a_million_rows(tmp_path: Path) -> Non
     architecture = json.dumps(STUB).replace('"', "").replace(" ", "")
     job = start("model=llama7b", "model.load_format=random", f"model.architecture={architecture}", "model.dtype=float32", "hw=cpu",
                 "hw.cpus_per_gpu=1", "input=parquet", f"input.paths=[{tmp_path}/in.parquet]", "input.token_ids_column=ids",
-                "sampling.max_tokens=2", "output.token_ids=true", "launcher=local", f"output.dir={run_dir}", log=tmp_path / "log")  # fmt: skip
+                "sampling.max_tokens=2", "output.token_ids=true", "launcher=local", f"output.dir={run_dir}",
+                log=tmp_path / "log")  # fmt: skip
     samples = watch(job, run_dir)
     assert job.returncode == 0, (tmp_path / "log").read_text()
     assert verify(RunDir(run_dir)) == []
@@ -76,7 +77,7 @@ def test_resident_memory_is_flat_over_half_a_million_rows(tmp_path: Path) -> Non
 
 
 def watch(job: subprocess.Popen[bytes], run_dir: Path) -> list[Sample]:
-    """Resident memory of the processes of the run while it goes on, beside the rows committed by then. Of two alike, the larger."""
+    """Resident memory of the processes while the run goes on, beside the rows committed by then. Of two alike, the larger."""
     readings: list[tuple[int, str, float]] = []
     while job.poll() is None:
         done = len(list((run_dir / "completions").glob("[0-9]*.parquet"))) if run_dir.exists() else 0
