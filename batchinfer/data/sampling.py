@@ -31,7 +31,7 @@ def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
     if not isinstance(override, Mapping):
         raise BadSampling(f"sampling overrides must be an object of sampling keys, not {type(override).__name__}")
     given = {key: _whole(key, value) for key, value in override.items() if value is not None}
-    return _checked(dataclasses.asdict(base) | given) if given else base
+    return _checked(vars(base) | given) if given else base
 
 
 def _whole(key: str, value: object) -> object:
@@ -53,7 +53,7 @@ def _checked(values: dict[str, Any]) -> SamplingConfig:
 
 def to_params(sampling: SamplingConfig, max_tokens: int, vocab_size: int) -> SamplingParams:
     """What the engine is asked: at most `max_tokens` tokens, and numbers no larger than they can matter."""
-    values = {name: value for name, value in dataclasses.asdict(sampling).items() if name in _PARAMS}
+    values = {name: getattr(sampling, name) for name in _PARAMS}  # dataclasses.asdict would copy deeply, for every row
     limit = min(sampling.max_tokens, max_tokens)
     cut = {"max_tokens": limit, "min_tokens": min(sampling.min_tokens, limit), "top_k": min(sampling.top_k, vocab_size)}
     return SamplingParams(**values | cut | {"stop": tuple(sampling.stop), "stop_token_ids": tuple(sampling.stop_token_ids)})

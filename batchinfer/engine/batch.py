@@ -7,6 +7,7 @@ tokens that may not be drawn. Rank 0 builds batches (`BatchBuilder`), the others
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -44,7 +45,7 @@ def _layout(header: np.ndarray) -> Iterator[tuple[str, int, tuple[int, ...], str
     offset = HEADER_WORDS
     for name, (shape, dtype) in shapes.items():
         yield name, offset, shape, dtype
-        offset += int(np.prod(shape)) * (2 if dtype == "int64" else 1)
+        offset += math.prod(shape) * (2 if dtype == "int64" else 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +92,7 @@ class Batch(BatchArrays[np.ndarray]):
         """The batch in a packed buffer; no copy."""
         views = {}
         for name, offset, shape, dtype in _layout(buffer[:HEADER_WORDS]):
-            words = int(np.prod(shape)) * (2 if dtype == "int64" else 1)
+            words = math.prod(shape) * (2 if dtype == "int64" else 1)
             views[name] = buffer[offset : offset + words].view(dtype).reshape(shape)
         return cls(buffer=buffer, **views)
 
@@ -110,7 +111,7 @@ class Batch(BatchArrays[np.ndarray]):
             flat = flat.pin_memory().to(device, non_blocking=True)
         tensors = {}
         for name, offset, shape, dtype in _layout(self.buffer[:HEADER_WORDS]):
-            words = int(np.prod(shape)) * (2 if dtype == "int64" else 1)
+            words = math.prod(shape) * (2 if dtype == "int64" else 1)
             tensors[name] = flat[offset : offset + words].view(getattr(torch, dtype)).view(shape)
         return BatchArrays(**tensors)
 

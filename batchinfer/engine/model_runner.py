@@ -99,7 +99,7 @@ class ModelRunner:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.zeros`, but memory of a CPU becomes resident only where it is written: a short run ends before it fills its cache."""
+    """`torch.zeros`, but memory of a CPU is resident only where it was written: a short run never fills its cache."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

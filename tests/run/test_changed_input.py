@@ -16,8 +16,15 @@ from batchinfer.compose import compose
 from batchinfer.job.plan import freeze
 from tests.run.jobs import ROOT, batchinfer, completions, environment
 
-REQUEST = ["hw=cpu", "hw.cpus_per_gpu=1", "launcher=inline", "input=parquet", "input.prompt_column=prompt", "input.rows_per_unit=8",
-           "sampling.max_tokens=2"]  # fmt: skip
+REQUEST = [
+    "hw=cpu",
+    "hw.cpus_per_gpu=1",
+    "launcher=inline",
+    "input=parquet",
+    "input.prompt_column=prompt",
+    "input.rows_per_unit=8",
+    "sampling.max_tokens=2",
+]
 
 
 def write(path: Path, rows: int, word: str = "word") -> None:
@@ -45,7 +52,9 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize(("shard", "change"), [("a", "truncated"), ("b", "replaced"), ("b", "longer"), ("b", "appended to"), ("b", "removed")])
+@pytest.mark.parametrize(
+    ("shard", "change"), [("a", "truncated"), ("b", "replaced"), ("b", "longer"), ("b", "appended to"), ("b", "removed")]
+)
 def test_a_changed_shard_ends_the_job_with_its_name(tmp_path: Path, shard: str, change: str) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
@@ -56,8 +65,14 @@ def test_a_changed_shard_ends_the_job_with_its_name(tmp_path: Path, shard: str, 
     file = inputs / f"{shard}.parquet"
     CHANGES[change](file)
 
-    work = subprocess.run([sys.executable, "-m", "batchinfer.worker", str(tmp_path / "run")], env=environment(), cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)  # fmt: skip
+    work = subprocess.run(
+        [sys.executable, "-m", "batchinfer.worker", str(tmp_path / "run")],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert work.returncode == 1, work.stderr
     last = work.stderr.strip().splitlines()[-1]
     assert str(file) in last and "planned" in last, work.stderr
@@ -67,5 +82,7 @@ def test_a_changed_shard_ends_the_job_with_its_name(tmp_path: Path, shard: str, 
     assert batchinfer("resume", tmp_path / "run").returncode == 2
     again = batchinfer(*request)
     assert again.returncode == 2, again.stdout + again.stderr
-    assert ("input.shards" in again.stderr) or (change in ("truncated", "appended to") and str(file) in again.stderr), again.stderr
+    assert ("input.shards" in again.stderr) or (change in ("truncated", "appended to") and str(file) in again.stderr), (
+        again.stderr
+    )
     assert len(again.stderr.strip().splitlines()) == 1
