@@ -212,6 +212,7 @@ def test_auto_kind(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_kind(gpus) == "local"
     monkeypatch.setattr(hardware, "visible_gpus", lambda: [])
     (cluster / "sbatch").unlink()
+    monkeypatch.setenv("PATH", str(cluster))  # where the tests run there may be a SLURM
     assert resolve_kind(gpus) == "local"
 
 
