@@ -24,6 +24,7 @@ install: $(INSTALLED)
 
 # torch goes first and by itself, so that its build (CPU, or which CUDA) is chosen here and not by the resolver.
 $(INSTALLED): pyproject.toml
+	@echo "installing into $(VENV); PyTorch is large, this takes minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
 	$(PIP) install --editable ".[dev]"

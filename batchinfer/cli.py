@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MAY_CHANGE = ("hw", "launcher", "engine", "stats_every", "verbose", "max_error_fraction", "model.path", "input.paths")
 HELP_FLAGS = ("--help", "-h")
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
+HYDRA_CHOICES = {
+    ("--cfg", "-c"): ("job", "hydra", "all"),
+    ("--info", "-i"): ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
 INTERRUPTED = 130
 LATER = ("retry", "export", "bench", "profile")
 
@@ -79,12 +83,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _submit(config: Config) -> int:
-    """Freezes the plan, or finds it frozen, and places the jobs."""
-    from batchinfer.job.launch import run_job
+    """Freezes the plan, or finds it frozen, and places the jobs. What cannot be placed leaves no run behind."""
+    from batchinfer.job.launch import check_placeable, resolve_kind, run_job
     from batchinfer.job.plan import freeze, resolved
 
-    run_dir = freeze(config)
-    return run_job(run_dir, resolved(config))
+    here = resolved(config)
+    check_placeable(resolve_kind(here), here)
+    return run_job(freeze(config), here)
 
 
 def _resume(arguments: list[str]) -> int:
@@ -129,8 +134,11 @@ def _report(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     run_dir, words = _take_run_dir("verify", arguments)
     _only_flags("verify", words, ())
-    from batchinfer.job.verify import verify
+    from batchinfer.job.verify import not_compared, verify
 
+    note = not_compared(run_dir)
+    if note:
+        print(f"note: {note}", flush=True)
     problems = verify(run_dir)
     print("\n".join(problems) or f"{run_dir.root}: every row is there exactly once, and every hash is right")
     return 1 if problems else 0
@@ -194,8 +202,22 @@ def _show_config(arguments: list[str]) -> int:
     """--cfg, --info and their like: Hydra's business, once we know that the overrides are right."""
     from batchinfer.compose import check_overrides, show_with_hydra
 
+    for flags, valid in HYDRA_CHOICES.items():
+        _check_flag(arguments, flags, valid)
     check_overrides([word for word in arguments if "=" in word and not word.startswith("-")])
     return show_with_hydra(arguments)
+
+
+def _check_flag(arguments: list[str], flags: tuple[str, ...], valid: tuple[str, ...]) -> None:
+    """Refuses `--cfg foo` and `--cfg=foo`; where the value may be left out ("" is valid), so may it before an override."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, assigned, value = word.partition("=")
+        if flag not in flags:
+            continue
+        if not assigned:
+            value = "" if "=" in following or following.startswith("-") else following
+        if value not in valid:
+            raise ConfigError(f"{f'{flag} {value}'.strip()}: must be {flag} and one of {', '.join(filter(None, valid))}")
 
 
 def _help(verb: str) -> int:
@@ -207,6 +229,7 @@ def _help(verb: str) -> int:
 
     print("usage: python -m batchinfer VERB ...\n")
     print("\n".join(f"  {v.usage}\n      {v.help}" for v in VERBS.values()))
+    print("  --cfg job [overrides]\n      print the resolved config and do nothing")
     print("\nConfig groups, chosen as group=choice:\n", flush=True)
     show_with_hydra(["--help"])
     print("Keys, set as key=value (* is part of what a run is, and fixed once it has begun):\n")

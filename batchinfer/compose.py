@@ -117,8 +117,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException:
-            raise ConfigError(f"{text}: must be key=value or group=choice; quote a value that holds "
-                              "spaces, commas, brackets or equals signs: 'key=\"value\"'") from None
+            raise ConfigError(f"{text}: must be key=value or group=choice; quote a value that holds spaces, "
+                              "commas, brackets, equals signs or letters beyond ASCII: 'key=\"value\"'") from None
     return parsed
 
 
@@ -127,6 +127,8 @@ def _checked(override: Override) -> Override:
     text, key, value = str(override.input_line), override.key_or_group, override._value
     if override.is_delete() or override.package is not None or key.split(".")[0].split("/")[0] == "hydra":
         raise ConfigError(f"{text}: must be key=value or group=choice; nothing can be deleted, moved or set in Hydra itself")
+    if not key:
+        raise ConfigError(f"{text}: must be key=value or group=choice")
     choices = group_choices()
     if override.is_sweep_override():
         raise ConfigError(f"{text}: several values need --multirun; quote the value if it is text with a comma")
@@ -136,6 +138,8 @@ def _checked(override: Override) -> Override:
         close = difflib.get_close_matches(str(value), choices[key], n=1)
         hint = f"did you mean {key}={close[0]}? " if close else ""
         raise ConfigError(f"{text}: no such choice; {hint}choices of {key}: {', '.join(choices[key])}")
+    if override.is_add() and not override.is_force_add() and not _in_mapping(key):
+        raise ConfigError(f"{text}: every key exists already; leave out the +")
     return override
 
 
@@ -226,7 +230,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 def show_with_hydra(arguments: Sequence[str]) -> int:
     """Hands --help, --cfg, --info and their like to Hydra, on our config. Returns its exit code."""
+    import logging
+
     import hydra
+
+    logging.raiseExceptions = False  # Hydra shows things through logging, which would trace a pipe that `head` has closed
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
     def nothing(_: Any) -> None:

@@ -78,8 +78,9 @@ def report(run_dir: RunDir) -> int:
     run_dir.report.mkdir(exist_ok=True)
     replace_bytes(run_dir.report / "summary.json", json.dumps(summary, indent=1).encode())
     _print(table(summary), run_dir)
-    for text in first_completions(run_dir):
-        print(text)
+    completions = first_completions(run_dir)
+    if completions:
+        print("first completions (shard:row):", *completions, sep="\n")
     sys.stdout.flush()
     return 0
 

@@ -65,7 +65,8 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Config]]:
         calls.append((run_dir.root, config))
         return 0
 
-    launch.__dict__.update(run_job=run_job, cancel_jobs=lambda run_dir: None)
+    launch.__dict__.update(run_job=run_job, resolve_kind=lambda _: "local", check_placeable=lambda *_: None,
+                           cancel_jobs=lambda run_dir: None)
     monkeypatch.setitem(sys.modules, "batchinfer.job.launch", launch)
     return calls
 
@@ -96,7 +97,16 @@ def test_wrong_words(refused: Refusal, tmp_path: Path) -> None:
     assert refused("plan", "--watch").startswith("--watch: no such flag here")
     assert refused("hw=cpux").startswith("hw=cpux: no such choice; did you mean hw=cpu?")
     assert refused("--cfg", "job", "hw=cpux").startswith("hw=cpux: no such choice")
+    assert refused("--cfg", "jbo") == "--cfg jbo: must be --cfg and one of job, hydra, all"
+    assert refused("--info=foo").startswith("--info foo: must be --info and one of all, config,")
+    assert refused("+seed=1") == "+seed=1: every key exists already; leave out the +"
+    assert refused("=3") == "=3: must be key=value or group=choice"
     assert refused("seed=1,2").startswith("seed=1,2: several values need --multirun")
+
+
+def test_what_cannot_be_placed_leaves_no_run(request_words: list[str], refused: Refusal) -> None:
+    assert "must be 1" in refused(*request_words, "launcher=inline", "launcher.nodes=2")
+    assert not Path("outputs").exists()
 
 
 @pytest.mark.parametrize("verb", LATER)

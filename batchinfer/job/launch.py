@@ -39,6 +39,9 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     """
     kind = resolve_kind(config)
     check_placeable(kind, config)
+    if is_complete(run_dir):
+        print(f"{run_dir.root}: complete already, so nothing is submitted", flush=True)
+        return _finish(run_dir, config)
     number, folder = run_dir.new_submission()
     jobs = make_jobs(run_dir, number, config, kind, command)
     with _sigterm_interrupts():
@@ -82,6 +85,9 @@ def check_placeable(kind: str, config: Config) -> None:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
         raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in "
                           f"CUDA_VISIBLE_DEVICES={mask}")  # fmt: skip
+    elif hw.gpu is not None and not hardware.visible_gpus():
+        raise ConfigError(f"{show('hw.gpu', hw.gpu)}: this host shows no GPU, and launcher.kind={kind} runs here; "
+                          "choose hw=cpu or launcher=slurm")  # fmt: skip
 
 
 def outer_devices(count: int) -> tuple[str, ...]:

@@ -223,7 +223,8 @@ class PlanReport:
         return [
             ("model", f"{self.fitted.shape.num_parameters():,} parameters in {self.fitted.dtype}, "
                       f"sequences of up to {memory.max_model_len:,} tokens"),
-            ("memory of a rank", f"{gib(memory.usable_bytes)} of {gib(memory.device_bytes)}: weights {gib(memory.weight_bytes)}, "
+            ("memory of a rank", f"at most {gib(memory.usable_bytes)} of {gib(memory.device_bytes)}: "
+                                 f"weights {gib(memory.weight_bytes)}, "
                                  f"working memory {gib(memory.activation_bytes + memory.overhead_bytes)}, "
                                  f"KV cache {gib(memory.kv_bytes)}"),
             ("KV cache", f"{memory.kv_tokens:,} tokens in {memory.num_blocks:,} blocks: "

@@ -35,6 +35,17 @@ def verify(run_dir: RunDir) -> list[str]:
     return list(dict.fromkeys(_Verifier(run_dir, Manifest.load(run_dir)).problems()))
 
 
+def not_compared(run_dir: RunDir) -> str | None:
+    """One sentence when input shards are gone, so that `verify` cannot compare their rows with the input; else None."""
+    manifest = Manifest.load(run_dir)
+    root, shards = Path(manifest.input_root), manifest.shards
+    gone = [shard.path for shard in shards if not (root / shard.path).exists()]
+    if not gone:
+        return None
+    return (f"{len(gone):,} of {len(shards):,} input shards are not there any more (the first: {root / gone[0]}); "
+            "their units are not compared with the input")  # fmt: skip
+
+
 class _Verifier:
     def __init__(self, run_dir: RunDir, manifest: Manifest):
         self._run_dir, self._manifest = run_dir, manifest

@@ -212,6 +212,7 @@ def test_auto_kind(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_kind(gpus) == "local"
     monkeypatch.setattr(hardware, "visible_gpus", lambda: [])
     (cluster / "sbatch").unlink()
+    monkeypatch.setenv("PATH", str(cluster))  # where the tests run there may be a SLURM
     assert resolve_kind(gpus) == "local"
 
 
@@ -232,11 +233,14 @@ def test_outer_device_mask_travels_as_data(tmp_path: Path, monkeypatch: pytest.M
         ("local", 2, None, "would share this host's GPUs"),
         ("inline", 2, None, "in this process"),
         ("local", 1, "0,1", "DEVICES=0,1"),
+        ("local", 1, None, "this host shows no GPU"),
+        ("inline", 1, "0,1,2,3", "this host shows no GPU"),
     ],
 )
 def test_what_cannot_be_placed(
     kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if mask:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)

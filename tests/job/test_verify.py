@@ -16,7 +16,7 @@ from batchinfer.data.schema import RowRange, RowResult, UnitFooter
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
-from batchinfer.job.verify import verify
+from batchinfer.job.verify import not_compared, verify
 from batchinfer.publish import temporary
 
 # Rows 0-7 of a.parquet and 0-3 of b.parquet; unit 1 spans both.
@@ -203,7 +203,9 @@ def test_the_highest_generation_counts(done: RunDir) -> None:
 
 def test_changed_inputs_are_named_once_per_file_and_absent_ones_left_alone(done: RunDir, tmp_path: Path) -> None:
     write_inputs(tmp_path / "data", "PROMPT changed")
+    assert not_compared(done) is None
     problems = verify(done)
     assert len(problems) == 4 and all("its input cannot be compared" in p and "has changed since" in p for p in problems)
     shutil.rmtree(tmp_path / "data")
     assert verify(done) == []
+    assert "input shards are not there any more" in str(not_compared(done))
