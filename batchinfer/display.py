@@ -24,7 +24,7 @@ from batchinfer.job.rundir import RunDir
 POLL_S = 0.5
 LINE_EVERY_S = 10.0
 SILENT_AFTER_S = 60.0  # a replica whose heartbeat stands still for so long is left out of the rates
-ENDED = ("done", "failed")
+ENDED = ("done", "failed", "stopped")
 
 
 @dataclass
@@ -116,7 +116,7 @@ class RunView:
             committed[footer.replica] += footer.rows
             snapshot.errors.update(footer.errors)
         ahead = (int(replica.number("rows_done")) - committed[replica.name] for replica in snapshot.working)
-        snapshot.rows_in_progress = sum(max(0, rows) for rows in ahead)
+        snapshot.rows_in_progress = 0 if snapshot.is_complete else sum(max(0, rows) for rows in ahead)
         return snapshot
 
     def _read_new_footers(self) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.data.schema import num_rows
-from batchinfer.data.writer import read_footer
+from batchinfer.data.writer import DamagedFile, read_footer
 from batchinfer.display import duration
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import read_death, read_progress
@@ -136,7 +137,7 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
     sums: Counter[str] = Counter()
     kv_peak = 0.0
     for replica, number in segments(run_dir):
-        columns = pq.read_table(run_dir.stats / f"{replica}-{number:06d}.parquet", columns=STEP_COLUMNS)
+        columns = _read_steps(run_dir.stats / f"{replica}-{number:06d}.parquet")
         values = {name: _floats(columns[name]) for name in STEP_COLUMNS}
         start, end = values["started"].min(), (values["started"] + values["duration_s"]).max()
         known = spans.get(replica, (start, end))
@@ -153,6 +154,13 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         "kv_peak_share": kv_peak if steps else None,
         "preemptions": sums["preempted"],
     }
+
+
+def _read_steps(path: Path) -> Any:
+    try:
+        return pq.read_table(path, columns=STEP_COLUMNS)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFile(f"{path}: not a whole segment of statistics ({error}); move it away, no row depends on it") from error
 
 
 def _by_submission(spans: Mapping[str, tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:

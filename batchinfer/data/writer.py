@@ -19,10 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchinfer.config import OutputConfig
+from batchinfer.config import ConfigError, OutputConfig
 from batchinfer.data.schema import FOOTER_KEY, OUTPUT_FIELDS, SCHEMA_VERSION, RowResult, UnitFooter
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish, temporary
+
+
+class DamagedFile(ConfigError):
+    """A file that is only ever published whole, and is not."""
 
 
 def our_fields(output: OutputConfig) -> list[pa.Field]:
@@ -129,7 +133,8 @@ def read_footer(path: Path) -> UnitFooter:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{str(path)!r} is not a whole completions file: {error}") from error
+        raise DamagedFile(f"{path}: not a whole completions file ({error}), so something else has damaged it; "
+                          "remove it and `resume` makes its rows again") from error  # fmt: skip
 
 
 def logical_hash(table: pa.Table) -> str:

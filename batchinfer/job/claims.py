@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from batchinfer.job.rundir import RunDir, parse_claim
 from batchinfer.publish import Published, publish_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Identity:
         """Whether the process is surely gone, as far as `observer` can see: only on the same boot of the same host."""
         same_place = (self.host, self.boot, self.pid_namespace) == (observer.host, observer.boot, observer.pid_namespace)
         return same_place and _start_time(self.pid) != self.started and not _is_hidden(self.pid)
+
+
+UNKNOWN = Identity("", "", 0, 0, "", "")  # holder of a claim file that something else has damaged
 
 
 class ClaimBoard:
@@ -141,11 +147,21 @@ class ClaimBoard:
 
     def _holder(self, unit: int, epoch: int) -> Identity | None:
         if (unit, epoch) not in self._holders:
-            raw = json.loads(self._run_dir.claim(unit, epoch).read_bytes())["holder"]
-            self._holders[unit, epoch] = None if raw is None else Identity(**raw)
+            self._holders[unit, epoch] = self._read_holder(unit, epoch)
         return self._holders[unit, epoch]
 
+    def _read_holder(self, unit: int, epoch: int) -> Identity | None:
+        path = self._run_dir.claim(unit, epoch)
+        try:
+            raw = json.loads(path.read_bytes())["holder"]
+            return None if raw is None else Identity(**raw)
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is damaged: claims are published whole; the unit is taken over", path)
+            return UNKNOWN
+
     def _is_lost(self, holder: Identity) -> bool:
+        if holder is UNKNOWN:
+            return True
         if holder.replica == self._identity.replica:
             # A former life of this replica; or ourselves, when publishing failed after the file had got its name.
             return True
@@ -163,7 +179,7 @@ class ClaimBoard:
     def _beat(self, replica: str) -> int | None:
         try:
             return int(json.loads(self._run_dir.progress(replica).read_bytes())["beat"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # not yet written, or damaged: counts as standing still
             return None
         except OSError as error:
             if error.errno == errno.ESTALE:  # replaced on an NFS server while we read: it beats

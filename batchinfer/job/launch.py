@@ -19,6 +19,7 @@ from pathlib import Path
 
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
+from batchinfer.data.writer import read_footer
 from batchinfer.job.node import NodeJob, is_complete
 from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_job
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
@@ -39,6 +40,7 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     """
     kind = resolve_kind(config)
     check_placeable(kind, config)
+    check_completions(run_dir)
     if is_complete(run_dir):
         print(f"{run_dir.root}: complete already, so nothing is submitted", flush=True)
         return _finish(run_dir, config)
@@ -90,6 +92,12 @@ def check_placeable(kind: str, config: Config) -> None:
                           "choose hw=cpu or launcher=slurm")  # fmt: skip
 
 
+def check_completions(run_dir: RunDir) -> None:
+    """Raises ConfigError for a file in completions/ that is not whole: its rows would count as done."""
+    for unit, generation in run_dir.done_units().items():
+        read_footer(run_dir.completion(unit, generation))
+
+
 def outer_devices(count: int) -> tuple[str, ...]:
     """This process's device mask as data: the local executor overwrites the variable with 0..n-1."""
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -129,11 +137,9 @@ def _cores_per_rank(config: Config, kind: str) -> int | None:
 def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob) -> int:
     """The job runs in this process's main thread, where its signal handlers must be, and the display in another one: so
     there is no second process whose death would have to be watched, and what `salloc` signals arrives at the job itself."""
-    from batchinfer import display
-
     _write_submission(folder, "inline", [str(os.getpid())], config)
     ended = threading.Event()
-    watching = threading.Thread(target=display.watch, args=(run_dir, lambda: not ended.is_set()), name="display", daemon=True)
+    watching = threading.Thread(target=_show_inline, args=(run_dir, ended), name="display", daemon=True)
     watching.start()
     try:
         code = job()
@@ -145,13 +151,27 @@ def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob) -> 
     return _finish(run_dir, config)
 
 
+def _show_inline(run_dir: RunDir, ended: threading.Event) -> None:
+    """The job itself tells of deaths, in the same terminal, and of a run directory that can no longer be read."""
+    from batchinfer import display
+
+    with contextlib.suppress(ConfigError, OSError):
+        display.watch(run_dir, lambda: not ended.is_set(), on_event=lambda sentence: None)
+
+
 def _wait(run_dir: RunDir, config: Config, placed: Placed) -> int:
     from batchinfer import display
 
     try:
         display.watch(run_dir, placed.alive)
         _settle(placed)
+        if not is_complete(run_dir):
+            for sentence in placed.failures():
+                print(sentence, file=sys.stderr, flush=True)
         return _finish(run_dir, config)
+    except (ConfigError, OSError):  # the run directory can no longer be read: nobody would watch the jobs
+        _stop(placed)
+        raise
     except KeyboardInterrupt:
         print("stopping the jobs; once more to kill them", file=sys.stderr, flush=True)
         try:

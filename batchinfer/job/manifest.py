@@ -78,6 +78,8 @@ class Manifest:
             raw = json.loads(run_dir.manifest_json.read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"run directory {run_dir.root} has no manifest.json; give a folder that a run has made") from error
+        except ValueError as error:
+            raise ConfigError(f"{run_dir.manifest_json}: damaged, it is only ever published whole ({error})") from error
         if raw["schema_version"] != SCHEMA_VERSION:
             made = f"run directory {run_dir.root} was made with schema version {raw['schema_version']}"
             raise ConfigError(f"{made}, this program knows {SCHEMA_VERSION}; use the version of batchinfer that made it")

@@ -169,8 +169,11 @@ class _Node:
             death = replace(death, restarted_as=self.running[slot].name)
         else:
             self.failed.add(slot)
-        write_death(self.run_dir, death)
         print(death.sentence(), file=sys.stderr, flush=True)
+        try:
+            write_death(self.run_dir, death)
+        except OSError as error:  # a full disk is often why it died
+            print(f"cannot write {error.filename} ({error.strerror})", file=sys.stderr, flush=True)
 
     def _stop(self, notes: SignalNotes) -> None:
         for replica in self.running.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ class Placed(Protocol):
     def alive(self) -> bool: ...
     def stop(self) -> None: ...
     def kill(self) -> None: ...
+    def failures(self) -> list[str]: ...
 
 
 @dataclass
@@ -65,6 +67,18 @@ class LocalJobs:
             signal_job(path, signal.SIGKILL)
         kill_marked(self.mark)
 
+    def failures(self) -> list[str]:
+        """One sentence for each ended job that came to no result of its own; their replicas tell of themselves."""
+        return [sentence for job in self.jobs if job.done() and (sentence := _failure(job))]
+
+
+def _failure(job: Any) -> str | None:
+    log, result = job.paths.stdout, job.paths.result_pickle
+    if not result.exists():
+        return f"job {job.job_id} was killed before its end; log: {log}"
+    outcome, value = pickle.loads(result.read_bytes())
+    return None if outcome == "success" else f"job {job.job_id} failed ({str(value).strip().splitlines()[-1]}); log: {log}"
+
 
 @dataclass
 class SlurmJobs:
@@ -93,6 +107,9 @@ class SlurmJobs:
 
     def kill(self) -> None:
         self.stop()
+
+    def failures(self) -> list[str]:
+        return []  # sacct and the job's log tell
 
 
 def place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> LocalJobs:

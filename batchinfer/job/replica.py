@@ -111,7 +111,11 @@ class Replica:
 
     def _reason(self, exit_code: int) -> str:
         told = read_progress(self._run_dir, self.name).get("error")
-        return told or last_words(_tail(self.log)) or _describe_exit(exit_code)
+        if told:
+            return str(told)
+        if exit_code == -signal.SIGKILL:  # it had no time for a word: the log's last line has nothing to do with it
+            return _describe_exit(exit_code)
+        return last_words(_tail(self.log)) or _describe_exit(exit_code)
 
 
 def mark_of_job(run_dir: RunDir, submission: int) -> str:
@@ -134,12 +138,12 @@ def torchrun_environment(base: Mapping[str, str], extra: Mapping[str, str], devi
 
 
 def read_progress(run_dir: RunDir, name: str) -> dict[str, Any]:
-    """The replica's own word on itself; empty before its first."""
+    """The replica's own word on itself; empty before its first, and when something else stands in its place."""
     try:
-        progress: dict[str, Any] = json.loads(run_dir.progress(name).read_bytes())
-    except FileNotFoundError:
+        progress = json.loads(run_dir.progress(name).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return progress
+    return progress if isinstance(progress, dict) else {}
 
 
 def write_death(run_dir: RunDir, death: Death) -> None:
@@ -149,7 +153,7 @@ def write_death(run_dir: RunDir, death: Death) -> None:
 def read_death(run_dir: RunDir, name: str) -> Death | None:
     try:
         return Death(**json.loads((run_dir.replica(name) / "died.json").read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
 
 
