@@ -17,6 +17,7 @@ from typing import Any
 
 from batchinfer.data.schema import UnitFooter, num_rows
 from batchinfer.data.writer import read_footer
+from batchinfer.job.logs import LogFollower
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, read_death, read_progress
 from batchinfer.job.rundir import RunDir
@@ -153,10 +154,16 @@ def status(run_dir: RunDir, keep_watching: bool = False) -> int:
     return 0
 
 
-def watch(run_dir: RunDir, jobs_alive: Callable[[], bool], on_event: Callable[[str], None] | None = None) -> Snapshot:
+def watch(
+    run_dir: RunDir,
+    jobs_alive: Callable[[], bool],
+    on_event: Callable[[str], None] | None = None,
+    logs: LogFollower | None = None,
+) -> Snapshot:
     """Show the run until every unit is done or no job is alive; returns the last look.
 
     `on_event` gets one sentence for each replica that dies meanwhile, with its reason and log; default: print it at once.
+    The lines of `logs` are printed as they come.
     """
     view = RunView(run_dir)
     screen: _Lines | _Live = _Live() if sys.stdout.isatty() else _Lines()
@@ -168,6 +175,8 @@ def watch(run_dir: RunDir, jobs_alive: Callable[[], bool], on_event: Callable[[s
         while True:
             alive = jobs_alive()  # asked first, so that the last look comes after the end
             snapshot = view.look()
+            for text in logs.lines() if logs else ():
+                screen.log(text)
             for replica in snapshot.replicas:
                 if replica.death and replica.name not in known:
                     known.add(replica.name)
@@ -203,6 +212,9 @@ class _Lines:
     def tell(self, sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
+    def log(self, text: str) -> None:
+        print(text, flush=True)
+
     def _print(self, text: str) -> None:
         print(text, flush=True)
         self._last, self._printed_at = text, time.monotonic()
@@ -232,6 +244,11 @@ class _Live:
         from rich.text import Text
 
         self._live.console.print(Text(sentence, style="red"), soft_wrap=True)
+
+    def log(self, text: str) -> None:
+        from rich.text import Text
+
+        self._live.console.print(Text(text, style="dim"), soft_wrap=True)
 
 
 def _picture(snapshot: Snapshot) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
 from batchinfer.data.writer import read_footer
+from batchinfer.job.logs import LogFollower
 from batchinfer.job.node import NodeJob, is_complete
 from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_job
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
@@ -45,10 +46,11 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
         print(f"{run_dir.root}: complete already, so nothing is submitted", flush=True)
         return _finish(run_dir, config)
     number, folder = run_dir.new_submission()
+    logs = LogFollower(run_dir, number) if config.verbose else None
     jobs = make_jobs(run_dir, number, config, kind, command)
     with _sigterm_interrupts():
         if kind == "inline":
-            return _run_inline(run_dir, config, folder, jobs[0])
+            return _run_inline(run_dir, config, folder, jobs[0], logs)
         _write_submission(folder, kind, [], config)  # before the jobs, which read their config there
         placed: Placed = place_slurm(run_dir, config, folder, jobs) if kind == "slurm" else place_local(config, folder, jobs)
         _write_submission(folder, kind, placed.ids, config)
@@ -56,7 +58,7 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
         if not config.launcher.wait:
             print(f"watch it with: python -m batchinfer status {run_dir.root} --watch", flush=True)
             return DONE
-        return _wait(run_dir, config, placed)
+        return _wait(run_dir, config, placed, logs)
 
 
 def resolve_kind(config: Config) -> str:
@@ -87,9 +89,9 @@ def check_placeable(kind: str, config: Config) -> None:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
         raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in "
                           f"CUDA_VISIBLE_DEVICES={mask}")  # fmt: skip
-    elif hw.gpu is not None and not hardware.visible_gpus():
-        raise ConfigError(f"{show('hw.gpu', hw.gpu)}: this host shows no GPU, and launcher.kind={kind} runs here; "
-                          "choose hw=cpu or launcher=slurm")  # fmt: skip
+    elif hw.gpu is not None and len(hardware.visible_gpus()) < hw.gpus_per_node:
+        raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: this host shows {len(hardware.visible_gpus())} GPUs, and "
+                          f"launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm")  # fmt: skip
 
 
 def check_completions(run_dir: RunDir) -> None:
@@ -134,12 +136,12 @@ def _cores_per_rank(config: Config, kind: str) -> int | None:
     return None if kind == "slurm" else max(1, hardware.usable_cores() // ranks)
 
 
-def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob) -> int:
+def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob, logs: LogFollower | None) -> int:
     """The job runs in this process's main thread, where its signal handlers must be, and the display in another one: so
     there is no second process whose death would have to be watched, and what `salloc` signals arrives at the job itself."""
     _write_submission(folder, "inline", [str(os.getpid())], config)
     ended = threading.Event()
-    watching = threading.Thread(target=_show_inline, args=(run_dir, ended), name="display", daemon=True)
+    watching = threading.Thread(target=_show_inline, args=(run_dir, ended, logs), name="display", daemon=True)
     watching.start()
     try:
         code = job()
@@ -151,19 +153,19 @@ def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob) -> 
     return _finish(run_dir, config)
 
 
-def _show_inline(run_dir: RunDir, ended: threading.Event) -> None:
+def _show_inline(run_dir: RunDir, ended: threading.Event, logs: LogFollower | None) -> None:
     """The job itself tells of deaths, in the same terminal, and of a run directory that can no longer be read."""
     from batchinfer import display
 
     with contextlib.suppress(ConfigError, OSError):
-        display.watch(run_dir, lambda: not ended.is_set(), on_event=lambda sentence: None)
+        display.watch(run_dir, lambda: not ended.is_set(), on_event=lambda sentence: None, logs=logs)
 
 
-def _wait(run_dir: RunDir, config: Config, placed: Placed) -> int:
+def _wait(run_dir: RunDir, config: Config, placed: Placed, logs: LogFollower | None) -> int:
     from batchinfer import display
 
     try:
-        display.watch(run_dir, placed.alive)
+        display.watch(run_dir, placed.alive, logs=logs)
         _settle(placed)
         if not is_complete(run_dir):
             for sentence in placed.failures():

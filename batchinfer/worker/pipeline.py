@@ -33,6 +33,7 @@ from batchinfer.publish import Published
 log = logging.getLogger(__name__)
 
 PREPARE_ROWS = 128  # rows rendered and tokenised in one call: enough to parallelise, little enough to start soon
+FULL_INTERVAL_S = 0.005  # how often a source with enough rows looks whether they still are enough
 CLAIM_INTERVAL_S = 1.0  # how often a replica with nothing to do looks for a unit that has become free
 MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system before the engine does
 
@@ -60,13 +61,14 @@ class PendingRow:
 class RequestSource:
     """Claims, reads and prepares rows in a thread of its own; `take` hands them over without ever waiting.
 
-    At most `window` prepared rows lie ready, so host memory does not grow with the input. An exception in the thread is
-    raised again by `take`.
+    At most `window` prepared rows lie ready, so host memory does not grow with the input; a further unit is claimed when less
+    than a quarter of that is left. An exception in the thread is raised again by `take`.
     """
 
     def __init__(self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int):
         self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
+        self._enough = window // 4
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever
@@ -92,6 +94,9 @@ class RequestSource:
     def _run(self) -> None:
         try:
             while not self._stop.is_set() and not self.finished:
+                if self._rows.qsize() > self._enough:  # what waits here is work that another replica could be doing
+                    self._stop.wait(FULL_INTERVAL_S)
+                    continue
                 number = self._board.claim()
                 if number is not None:
                     self._prepare(number)
