@@ -162,8 +162,11 @@ def _cancel(arguments: list[str]) -> int:
 
 
 VERBS = {
-    "run": Verb(_run, "[run] [group=choice ...] [key=value ...] [--multirun]",
-                "run a request, or go on with it; without arguments: the shipped model over the shipped sample"),
+    "run": Verb(
+        _run,
+        "[run] [group=choice ...] [key=value ...] [--multirun]",
+        "run a request, or go on with it; without arguments: the shipped model over the shipped sample",
+    ),
     "resume": Verb(_resume, "resume RUN_DIR [overrides]", f"finish what is missing; may change: {', '.join(MAY_CHANGE)}"),
     "plan": Verb(_plan, "plan [overrides]", "what would happen: rows, units, memory, layout; needs no GPU and no checkpoint"),
     "status": Verb(_status, "status RUN_DIR [--watch]", "how far a run is"),

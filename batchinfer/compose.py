@@ -88,12 +88,16 @@ def expand_multirun(overrides: Sequence[str]) -> list[list[str]]:
     combinations = [list(combination) for combination in itertools.product(*columns)]
     configs = [compose(combination) for combination in combinations]
     if len({config.run_name for config in configs}) < len(configs):
-        combinations = [_renamed(combination, f"{config.run_name}_{i}")
-                        for i, (combination, config) in enumerate(zip(combinations, configs, strict=True))]
+        combinations = [
+            _renamed(combination, f"{config.run_name}_{i}")
+            for i, (combination, config) in enumerate(zip(combinations, configs, strict=True))
+        ]
         configs = [compose(combination) for combination in combinations]
     if len({config.output.dir for config in configs}) < len(configs):
-        raise ConfigError(f"{show('output.dir', configs[0].output.dir)}: each combination of --multirun needs its own folder; "
-                          "leave output.dir out and set run_name")
+        raise ConfigError(
+            f"{show('output.dir', configs[0].output.dir)}: each combination of --multirun needs its own folder; "
+            "leave output.dir out and set run_name"
+        )
     return combinations
 
 
@@ -117,8 +121,10 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException:
-            raise ConfigError(f"{text}: must be key=value or group=choice; quote a value that holds spaces, "
-                              "commas, brackets, equals signs or letters beyond ASCII: 'key=\"value\"'") from None
+            raise ConfigError(
+                f"{text}: must be key=value or group=choice; quote a value that holds spaces, "
+                "commas, brackets, equals signs or letters beyond ASCII: 'key=\"value\"'"
+            ) from None
     return parsed
 
 
@@ -205,8 +211,11 @@ def _register() -> None:
 def _digest(config: Config) -> str:
     """Names a request by what it asks for; two requests that differ in results have different default names."""
     kinds = {name: f.metadata["kind"] for name, f in leaves()}
-    asked = {name: value for name, value in flatten(config).items()
-             if kinds[name] in (RESULT, SCHEMA) or name in ("input.paths", "model.path")}
+    asked = {
+        name: value
+        for name, value in flatten(config).items()
+        if kinds[name] in (RESULT, SCHEMA) or name in ("input.paths", "model.path")
+    }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -40,12 +40,17 @@ class ModelConfig:
     """Which weights, in which arithmetic."""
 
     path: str | None = _key(None, THROUGHPUT, "checkpoint folder in Hugging Face form (its content is fingerprinted)")
-    dtype: str = _key("auto", RESULT, "arithmetic; auto: the checkpoint's (float32 on a CPU)",
-                      choices=("auto", "bfloat16", "float16", "float32", "float64"))
+    dtype: str = _key(
+        "auto",
+        RESULT,
+        "arithmetic; auto: the checkpoint's (float32 on a CPU)",
+        choices=("auto", "bfloat16", "float16", "float32", "float64"),
+    )
     max_model_len: int | None = _key(None, RESULT, "longest prompt + completion in tokens; default: the checkpoint's", minimum=2)
     chat_template: str | None = _key(None, RESULT, "jinja2 text or a file that replaces the checkpoint's chat template")
-    load_format: str = _key("safetensors", RESULT, "random: seeded weights of the right shapes, no checkpoint",
-                            choices=("safetensors", "random"))
+    load_format: str = _key(
+        "safetensors", RESULT, "random: seeded weights of the right shapes, no checkpoint", choices=("safetensors", "random")
+    )
     architecture: dict[str, Any] = _key({}, RESULT, "fields of a Hugging Face config.json; a checkpoint's own config wins")
 
 
@@ -79,8 +84,12 @@ class InputConfig:
     sampling_column: str | None = _key(None, RESULT, "column (struct or JSON text) that overrides sampling keys for its row")
     rows_per_unit: int = _key(1024, THROUGHPUT, "rows claimed, committed and retried together; frozen with the plan", minimum=1)
     limit: int | None = _key(None, RESULT, "run only the first so many rows", minimum=1)
-    too_long: str = _key("error", RESULT, "what to do with a prompt that leaves no room for a token",
-                         choices=("error", "truncate_left", "truncate_right"))
+    too_long: str = _key(
+        "error",
+        RESULT,
+        "what to do with a prompt that leaves no room for a token",
+        choices=("error", "truncate_left", "truncate_right"),
+    )
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,12 @@ class EngineConfig:
 class LauncherConfig:
     """Where the jobs run."""
 
-    kind: str = _key("auto", THROUGHPUT, "auto, local (submitit on this host), slurm, or inline (this process)",
-                     choices=("auto", "local", "slurm", "inline"))
+    kind: str = _key(
+        "auto",
+        THROUGHPUT,
+        "auto, local (submitit on this host), slurm, or inline (this process)",
+        choices=("auto", "local", "slurm", "inline"),
+    )
     nodes: int = _key(1, THROUGHPUT, "jobs of the array: one node each", minimum=1)
     timeout_min: int = _key(1440, THROUGHPUT, "time limit of a job in minutes", minimum=1)
     partition: str | None = _key(None, THROUGHPUT, "SLURM partition")
@@ -315,8 +328,10 @@ def check_together(config: Config, planning: bool = False) -> None:
     _check_hw(config.hw)
     _check_input(config.input)
     if config.sampling.min_tokens > config.sampling.max_tokens:
-        raise ConfigError(f"{show('sampling.min_tokens', config.sampling.min_tokens)}: must be at most "
-                          f"{show('sampling.max_tokens', config.sampling.max_tokens)}")
+        raise ConfigError(
+            f"{show('sampling.min_tokens', config.sampling.min_tokens)}: must be at most "
+            f"{show('sampling.max_tokens', config.sampling.max_tokens)}"
+        )
     if isinstance(config.output.keep_columns, str) and config.output.keep_columns not in ("all", "none"):
         raise ConfigError(f"{show('output.keep_columns', config.output.keep_columns)}: must be all, none or a list of columns")
 
@@ -350,8 +365,12 @@ def _check_input(source: InputConfig) -> None:
         found = " and ".join(show(f"input.{name}", getattr(source, name)) for name in given) or "none of them is set"
         raise ConfigError(f"{found}: exactly one of {', '.join(f'input.{name}' for name in PROMPT_SOURCES)} must be set")
     if source.apply_chat_template and given[0] not in ("prompt_column", "prompt_template"):
-        raise ConfigError(f"input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, "
-                          f"not with input.{given[0]}")
+        raise ConfigError(
+            f"input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, "
+            f"not with input.{given[0]}"
+        )
     if source.system_prompt is not None and given[0] != "messages_column" and not source.apply_chat_template:
-        raise ConfigError(f"{show('input.system_prompt', source.system_prompt)}: must go with input.messages_column or "
-                          "input.apply_chat_template=true")
+        raise ConfigError(
+            f"{show('input.system_prompt', source.system_prompt)}: must go with input.messages_column or "
+            "input.apply_chat_template=true"
+        )

@@ -60,8 +60,10 @@ class MemoryPlan:
             need = f"{gib(self.weight_bytes)} of weights and {self.kv_tokens:,} tokens of KV cache"
             return f"{need} fit into {gib(self.usable_bytes)} {have}"
         working, sequence = self.activation_bytes + self.overhead_bytes, self.max_model_len * self.kv_bytes_per_token
-        return (f"{gib(self.weight_bytes)} of weights, {gib(working)} of working memory and {gib(sequence)} of KV cache for one "
-                f"sequence of {self.max_model_len:,} tokens do not fit into {gib(self.usable_bytes)} {have}; {self.advice}")
+        return (
+            f"{gib(self.weight_bytes)} of weights, {gib(working)} of working memory and {gib(sequence)} of KV cache for one "
+            f"sequence of {self.max_model_len:,} tokens do not fit into {gib(self.usable_bytes)} {have}; {self.advice}"
+        )
 
 
 def gib(num_bytes: int) -> str:
@@ -72,8 +74,9 @@ def max_model_len(model: ModelConfig, shape: ModelShape) -> int:
     """Longest prompt + completion: what was asked for, else what the checkpoint was made for. Raises ConfigError."""
     longest = shape.max_position_embeddings
     if model.max_model_len is not None and model.max_model_len > longest:
-        raise ConfigError(f"{show('model.max_model_len', model.max_model_len)}: must be at most {longest}, "
-                          "the model's max_position_embeddings")
+        raise ConfigError(
+            f"{show('model.max_model_len', model.max_model_len)}: must be at most {longest}, the model's max_position_embeddings"
+        )
     return model.max_model_len or longest
 
 
@@ -144,8 +147,17 @@ def _advice(plan: MemoryPlan, shape: ModelShape, dtype: str, hw: HardwareConfig,
     left = plan.usable_bytes - plan.weight_bytes - plan.activation_bytes - plan.overhead_bytes
     tokens = left // plan.kv_bytes_per_token // plan.block_size * plan.block_size
     options = [f"model.max_model_len={tokens}"] if tokens >= 2 else []
-    wider = next((ranks for ranks in (2, 4, 8) if hw.gpu and ranks > plan.tensor_parallel and _divides(shape, ranks)
-                  and _plan(shape, dtype, replace(hw, tensor_parallel=ranks), engine, plan.max_model_len).fits), None)
+    wider = next(
+        (
+            ranks
+            for ranks in (2, 4, 8)
+            if hw.gpu
+            and ranks > plan.tensor_parallel
+            and _divides(shape, ranks)
+            and _plan(shape, dtype, replace(hw, tensor_parallel=ranks), engine, plan.max_model_len).fits
+        ),
+        None,
+    )
     if wider is not None:
         room = "" if wider <= hw.gpus_per_node else f" on a tier with {wider} GPUs a node"
         options.append(f"hw.tensor_parallel={wider}{room}")

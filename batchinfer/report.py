@@ -204,11 +204,13 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"])),
         ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
         ("time", f"{duration(summary['wall_s'])} from the first step to the last, tail {duration(summary['tail_s'])}"),
-        *((what, _seconds(summary[key])) for what, key in (("first token", "ttft_s"), ("latency", "latency_s"),
-                                                           ("inter-token", "inter_token_s"))),
+        *(
+            (what, _seconds(summary[key]))
+            for what, key in (("first token", "ttft_s"), ("latency", "latency_s"), ("inter-token", "inter_token_s"))
+        ),
         ("steps", _step_line(summary)),
         *((f"replica {name}", _replica_line(replica)) for name, replica in summary["replicas"].items()),
-    ]  # fmt: skip
+    ]
     return [(what, how) for what, how in lines if how]
 
 

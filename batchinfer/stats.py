@@ -141,19 +141,38 @@ def segments(run_dir: RunDir) -> list[tuple[str, int]]:
 
 def _merge(replica: str, group: Sequence[StepStats], gpu: GpuSample) -> dict[str, Any]:
     first, last = group[0], group[-1]
-    summed = ("duration_s", "prefill_seqs", "decode_seqs", "prefill_tokens", "decode_tokens", "recomputed_tokens",
-              "prefix_hit_tokens", "preempted")
+    summed = (
+        "duration_s",
+        "prefill_seqs",
+        "decode_seqs",
+        "prefill_tokens",
+        "decode_tokens",
+        "recomputed_tokens",
+        "prefix_hit_tokens",
+        "preempted",
+    )
     row: dict[str, Any] = {name: sum(getattr(stats, name) for stats in group) for name in summed}
     seconds = row["duration_s"]
-    return row | _latencies(group) | {
-        "replica": replica, "step": first.step, "steps": len(group), "started": first.started,
-        "tokens_in_s": row["prefill_tokens"] / seconds if seconds else None,
-        "tokens_out_s": row["decode_tokens"] / seconds if seconds else None,
-        "running": last.running, "waiting": last.waiting,
-        "kv_blocks_used": max(stats.kv_blocks_used for stats in group), "kv_blocks_total": last.kv_blocks_total,
-        "graph": sum(stats.graph for stats in group) / len(group),
-        "gpu_memory_bytes": gpu.memory_bytes, "gpu_power_w": gpu.power_w, "gpu_utilization": gpu.utilization,
-    }  # fmt: skip
+    return (
+        row
+        | _latencies(group)
+        | {
+            "replica": replica,
+            "step": first.step,
+            "steps": len(group),
+            "started": first.started,
+            "tokens_in_s": row["prefill_tokens"] / seconds if seconds else None,
+            "tokens_out_s": row["decode_tokens"] / seconds if seconds else None,
+            "running": last.running,
+            "waiting": last.waiting,
+            "kv_blocks_used": max(stats.kv_blocks_used for stats in group),
+            "kv_blocks_total": last.kv_blocks_total,
+            "graph": sum(stats.graph for stats in group) / len(group),
+            "gpu_memory_bytes": gpu.memory_bytes,
+            "gpu_power_w": gpu.power_w,
+            "gpu_utilization": gpu.utilization,
+        }
+    )
 
 
 def _latencies(group: Sequence[StepStats]) -> dict[str, float | None]:

@@ -22,9 +22,17 @@ from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ARCHITECTURE = {"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
-                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-                "eos_token_id": 1}
+ARCHITECTURE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 1,
+}
 
 
 def words_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
@@ -51,8 +59,16 @@ def request_words(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "in").mkdir()
     pq.write_table(rows, tmp_path / "in" / "a.parquet")
     pq.write_table(rows, tmp_path / "in" / "b.parquet")
-    return ["input=parquet", "input.paths=[in]", "input.prompt_column=text", f"model.path={checkpoint}", "hw=cpu",
-            "model.load_format=random", "run_name=r", "input.rows_per_unit=16"]
+    return [
+        "input=parquet",
+        "input.paths=[in]",
+        "input.prompt_column=text",
+        f"model.path={checkpoint}",
+        "hw=cpu",
+        "model.load_format=random",
+        "run_name=r",
+        "input.rows_per_unit=16",
+    ]
 
 
 @pytest.fixture
@@ -65,8 +81,9 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Config]]:
         calls.append((run_dir.root, config))
         return 0
 
-    launch.__dict__.update(run_job=run_job, resolve_kind=lambda _: "local", check_placeable=lambda *_: None,
-                           cancel_jobs=lambda run_dir: None)
+    launch.__dict__.update(
+        run_job=run_job, resolve_kind=lambda _: "local", check_placeable=lambda *_: None, cancel_jobs=lambda run_dir: None
+    )
     monkeypatch.setitem(sys.modules, "batchinfer.job.launch", launch)
     return calls
 
@@ -240,8 +257,10 @@ def fresh(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_looking_at_a_run_imports_next_to_nothing(tmp_path: Path) -> None:
-    code = ("import sys; from batchinfer.cli import main; main(['status', 'x']); "
-            "heavy = {'torch', 'hydra', 'omegaconf', 'pyarrow', 'submitit', 'numpy'} & set(sys.modules); assert not heavy, heavy")
+    code = (
+        "import sys; from batchinfer.cli import main; main(['status', 'x']); "
+        "heavy = {'torch', 'hydra', 'omegaconf', 'pyarrow', 'submitit', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
     done = fresh(code, tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -253,8 +272,11 @@ def test_a_million_rows_are_planned_in_seconds_without_torch(request_words: list
     for i in range(1, 1000):
         os.link(many / "0000.parquet", many / f"{i:04d}.parquet")
     words = ["plan", *request_words, "input.paths=[many]", "input.rows_per_unit=1024"]
-    done = fresh(f"import sys, time; from batchinfer.cli import main; t = time.monotonic(); code = main({words!r}); "
-                 "assert 'torch' not in sys.modules; print('took', time.monotonic() - t); sys.exit(code)", tmp_path)
+    done = fresh(
+        f"import sys, time; from batchinfer.cli import main; t = time.monotonic(); code = main({words!r}); "
+        "assert 'torch' not in sys.modules; print('took', time.monotonic() - t); sys.exit(code)",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "1,000,000 rows of 1,000 shards" in done.stdout and "about 2,000,000 (from 320 rows)" in done.stdout
     took = re.search(r"took (\S+)", done.stdout)

@@ -43,22 +43,25 @@ def test_bare_command_is_the_shipped_model_over_the_shipped_sample(monkeypatch: 
     assert list(tmp_path.iterdir()) == []  # Hydra makes no folder
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("hw=a100x3", "hw=a100x3: no such choice; did you mean hw=a100x8? choices of hw: a100x4, a100x8, auto, cpu,"),
-    ("hw=null", "hw=null: no such choice; choices of hw:"),
-    ("hw={gpu: a}", "hw={gpu: a}: no such choice;"),
-    ("samplng.n=1", "samplng.n: no such key; did you mean sampling? keys at the top: run_name, seed,"),
-    ("sampling.top_q=1", "sampling.top_q: no such key; did you mean sampling.top_p? keys of sampling: temperature,"),
-    ("+sampling.best_of=1", "sampling.best_of: no such key; keys of sampling:"),
-    ("sampling.top_p=0.1,0.2", "sampling.top_p=0.1,0.2: several values need --multirun"),
-    ("model.path=a b=c", "model.path=a b=c: must be key=value or group=choice; quote"),
-    ("~hw", "~hw: must be key=value or group=choice; nothing can be deleted"),
-    ("hw@x=cpu", "hw@x=cpu: must be key=value"),
-    ("hydra.run.dir=x", "hydra.run.dir=x: must be key=value"),
-    ("seed=${nope}", "seed=${nope}: Interpolation key 'nope' not found"),
-    ("run_name=7", "run_name=7: must be text or null; quote"),
-    ("hw.tensor_parallel=3", "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node="),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("hw=a100x3", "hw=a100x3: no such choice; did you mean hw=a100x8? choices of hw: a100x4, a100x8, auto, cpu,"),
+        ("hw=null", "hw=null: no such choice; choices of hw:"),
+        ("hw={gpu: a}", "hw={gpu: a}: no such choice;"),
+        ("samplng.n=1", "samplng.n: no such key; did you mean sampling? keys at the top: run_name, seed,"),
+        ("sampling.top_q=1", "sampling.top_q: no such key; did you mean sampling.top_p? keys of sampling: temperature,"),
+        ("+sampling.best_of=1", "sampling.best_of: no such key; keys of sampling:"),
+        ("sampling.top_p=0.1,0.2", "sampling.top_p=0.1,0.2: several values need --multirun"),
+        ("model.path=a b=c", "model.path=a b=c: must be key=value or group=choice; quote"),
+        ("~hw", "~hw: must be key=value or group=choice; nothing can be deleted"),
+        ("hw@x=cpu", "hw@x=cpu: must be key=value"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: must be key=value"),
+        ("seed=${nope}", "seed=${nope}: Interpolation key 'nope' not found"),
+        ("run_name=7", "run_name=7: must be text or null; quote"),
+        ("hw.tensor_parallel=3", "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node="),
+    ],
+)
 def test_mistakes_are_sentences(override: str, said: str) -> None:
     assert refusal(override).startswith(said)
 

@@ -39,7 +39,11 @@ def test_defaults_pass_their_own_checks() -> None:
     config = c.from_dict(request())
     flat, defaults = c.flatten(config), c.flatten(c.Config())
     assert [name for name in flat if flat[name] != defaults[name]] == [
-        "model.load_format", "model.architecture", "input.paths", "input.prompt_column"]
+        "model.load_format",
+        "model.architecture",
+        "input.paths",
+        "input.prompt_column",
+    ]
 
 
 def test_plain_form_round_trips_through_json() -> None:
@@ -63,70 +67,86 @@ def test_values_are_copied() -> None:
     assert config.input.paths == ["a.parquet"]
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"sampling__temprature": 1},
-     "sampling.temprature: no such key; did you mean sampling.temperature? keys of sampling: temp"),
-    ({"run_nam": "x"}, "run_nam: no such key; did you mean run_name? keys at the top: run_name, seed,"),
-    ({"hw": "a100"}, "hw=a100: must be a group of keys: gpu,"),
-    ({"sampling__top_p": 0}, "sampling.top_p=0.0: must be above 0 and at most 1"),
-    ({"sampling__top_p": 1.5}, "sampling.top_p=1.5: must be above 0 and at most 1"),
-    ({"sampling__max_tokens": 0}, "sampling.max_tokens=0: must be at least 1"),
-    ({"sampling__max_tokens": True}, "sampling.max_tokens=true: must be an integer"),
-    ({"sampling__max_tokens": 1.0}, "sampling.max_tokens=1.0: must be an integer"),
-    ({"sampling__max_tokens": None}, "sampling.max_tokens=null: must be an integer"),
-    ({"sampling__temperature": True}, "sampling.temperature=true: must be a number"),
-    ({"sampling__temperature": float("nan")}, "sampling.temperature=nan: must be a finite number"),
-    ({"sampling__temperature": float("inf")}, "sampling.temperature=inf: must be a finite number"),
-    ({"sampling__ignore_eos": 1}, "sampling.ignore_eos=1: must be true or false"),
-    ({"sampling__stop": "x"}, "sampling.stop=x: must be a list of texts"),
-    ({"sampling__stop_token_ids": [1, "x"]}, "sampling.stop_token_ids=[1, 'x']: must be a list of integers"),
-    ({"run_name": 12}, "run_name=12: must be text or null; quote a number to make it text"),
-    ({"run_name": "a/b"}, "run_name=a/b: must be letters"),
-    ({"run_name": ".."}, "run_name=..: must be letters"),
-    ({"model__dtype": "int8"}, "model.dtype=int8: must be one of auto, bfloat16,"),
-    ({"model__architecture": {"x": float("inf")}}, "model.architecture.x=inf: must be a finite number"),
-    ({"hw__interconnect": "ib"}, "hw.interconnect=ib: must be one of nvlink, pcie, null"),
-    ({"hw__env": {1: "x"}}, "hw.env={1: 'x'}: the name 1 must be text"),
-    ({"sampling__n": 2}, "sampling.n=2: not supported yet by this version; the valid value is 1"),
-    ({"sampling__regex": "a+"}, "sampling.regex=a+: not supported yet by this version; the valid value is null"),
-    ({"engine__prefix_caching": True}, "engine.prefix_caching=true: not supported yet by this version; the valid value is false"),
-    ({"hw__nodes_per_replica": 2}, "hw.nodes_per_replica=2: not supported yet by this version; the valid value is 1"),
-    ({"output__keep_columns": "some"}, "output.keep_columns=some: must be all, none or a list of columns"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"sampling__temprature": 1},
+            "sampling.temprature: no such key; did you mean sampling.temperature? keys of sampling: temp",
+        ),
+        ({"run_nam": "x"}, "run_nam: no such key; did you mean run_name? keys at the top: run_name, seed,"),
+        ({"hw": "a100"}, "hw=a100: must be a group of keys: gpu,"),
+        ({"sampling__top_p": 0}, "sampling.top_p=0.0: must be above 0 and at most 1"),
+        ({"sampling__top_p": 1.5}, "sampling.top_p=1.5: must be above 0 and at most 1"),
+        ({"sampling__max_tokens": 0}, "sampling.max_tokens=0: must be at least 1"),
+        ({"sampling__max_tokens": True}, "sampling.max_tokens=true: must be an integer"),
+        ({"sampling__max_tokens": 1.0}, "sampling.max_tokens=1.0: must be an integer"),
+        ({"sampling__max_tokens": None}, "sampling.max_tokens=null: must be an integer"),
+        ({"sampling__temperature": True}, "sampling.temperature=true: must be a number"),
+        ({"sampling__temperature": float("nan")}, "sampling.temperature=nan: must be a finite number"),
+        ({"sampling__temperature": float("inf")}, "sampling.temperature=inf: must be a finite number"),
+        ({"sampling__ignore_eos": 1}, "sampling.ignore_eos=1: must be true or false"),
+        ({"sampling__stop": "x"}, "sampling.stop=x: must be a list of texts"),
+        ({"sampling__stop_token_ids": [1, "x"]}, "sampling.stop_token_ids=[1, 'x']: must be a list of integers"),
+        ({"run_name": 12}, "run_name=12: must be text or null; quote a number to make it text"),
+        ({"run_name": "a/b"}, "run_name=a/b: must be letters"),
+        ({"run_name": ".."}, "run_name=..: must be letters"),
+        ({"model__dtype": "int8"}, "model.dtype=int8: must be one of auto, bfloat16,"),
+        ({"model__architecture": {"x": float("inf")}}, "model.architecture.x=inf: must be a finite number"),
+        ({"hw__interconnect": "ib"}, "hw.interconnect=ib: must be one of nvlink, pcie, null"),
+        ({"hw__env": {1: "x"}}, "hw.env={1: 'x'}: the name 1 must be text"),
+        ({"sampling__n": 2}, "sampling.n=2: not supported yet by this version; the valid value is 1"),
+        ({"sampling__regex": "a+"}, "sampling.regex=a+: not supported yet by this version; the valid value is null"),
+        (
+            {"engine__prefix_caching": True},
+            "engine.prefix_caching=true: not supported yet by this version; the valid value is false",
+        ),
+        ({"hw__nodes_per_replica": 2}, "hw.nodes_per_replica=2: not supported yet by this version; the valid value is 1"),
+        ({"output__keep_columns": "some"}, "output.keep_columns=some: must be all, none or a list of columns"),
+    ],
+)
 def test_single_keys(changes: dict[str, Any], said: str) -> None:
     assert refusal(**changes).startswith(said)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"input__prompt_column": None}, "none of them is set: exactly one of input.prompt_column, input.messages_column,"),
-    ({"input__messages_column": "m"}, "input.prompt_column=prompt and input.messages_column=m: exactly one of"),
-    ({"input__paths": []}, "input.paths=[]: must name"),
-    ({"input__system_prompt": "Be brief."}, "input.system_prompt=Be brief.: must go with input.messages_column or"),
-    ({"input__prompt_column": None, "input__token_ids_column": "t", "input__apply_chat_template": True},
-     "input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, not with"),
-    ({"sampling__min_tokens": 5, "sampling__max_tokens": 4}, "sampling.min_tokens=5: must be at most sampling.max_tokens=4"),
-    ({"model__load_format": "safetensors"}, "model.path=null: must name"),
-    ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
-    ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),
-    ({"hw__tensor_parallel": 3, "hw__gpus_per_node": 4}, "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node=4"),
-    ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={'B': 3}: must be text or a number"),
-    ({"hw__env": {"A": None}}, "hw.env.A=null: must be text or a number"),
-    ({"hw__tensor_parallel": 0}, "hw.tensor_parallel=0: must be auto or divide"),
-    ({"hw__tensor_parallel": "all"}, "hw.tensor_parallel=all: must be auto or an integer"),
-    ({"hw__tensor_parallel": True}, "hw.tensor_parallel=true: must be an integer or text"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input__prompt_column": None}, "none of them is set: exactly one of input.prompt_column, input.messages_column,"),
+        ({"input__messages_column": "m"}, "input.prompt_column=prompt and input.messages_column=m: exactly one of"),
+        ({"input__paths": []}, "input.paths=[]: must name"),
+        ({"input__system_prompt": "Be brief."}, "input.system_prompt=Be brief.: must go with input.messages_column or"),
+        (
+            {"input__prompt_column": None, "input__token_ids_column": "t", "input__apply_chat_template": True},
+            "input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, not with",
+        ),
+        ({"sampling__min_tokens": 5, "sampling__max_tokens": 4}, "sampling.min_tokens=5: must be at most sampling.max_tokens=4"),
+        ({"model__load_format": "safetensors"}, "model.path=null: must name"),
+        ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
+        ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),
+        ({"hw__tensor_parallel": 3, "hw__gpus_per_node": 4}, "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node=4"),
+        ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={'B': 3}: must be text or a number"),
+        ({"hw__env": {"A": None}}, "hw.env.A=null: must be text or a number"),
+        ({"hw__tensor_parallel": 0}, "hw.tensor_parallel=0: must be auto or divide"),
+        ({"hw__tensor_parallel": "all"}, "hw.tensor_parallel=all: must be auto or an integer"),
+        ({"hw__tensor_parallel": True}, "hw.tensor_parallel=true: must be an integer or text"),
+    ],
+)
 def test_keys_that_depend_on_each_other(changes: dict[str, Any], said: str) -> None:
     assert refusal(**changes).startswith(said)
 
 
-@pytest.mark.parametrize("changes", [
-    {"input__prompt_column": None, "input__messages_column": "m", "input__system_prompt": "s"},
-    {"input__apply_chat_template": True, "input__system_prompt": "s"},
-    {"input__prompt_column": None, "input__prompt_template": "{{ a }}", "input__apply_chat_template": True},
-    {"hw__gpus_per_node": 8, "hw__tensor_parallel": 4},
-    {"model__path": "/m", "model__load_format": "safetensors", "model__architecture": {}},
-    {"model__dtype": "float64"},
-    {"run_name": "a.b_c-1"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input__prompt_column": None, "input__messages_column": "m", "input__system_prompt": "s"},
+        {"input__apply_chat_template": True, "input__system_prompt": "s"},
+        {"input__prompt_column": None, "input__prompt_template": "{{ a }}", "input__apply_chat_template": True},
+        {"hw__gpus_per_node": 8, "hw__tensor_parallel": 4},
+        {"model__path": "/m", "model__load_format": "safetensors", "model__architecture": {}},
+        {"model__dtype": "float64"},
+        {"run_name": "a.b_c-1"},
+    ],
+)
 def test_combinations_that_are_fine(changes: dict[str, Any]) -> None:
     c.from_dict(request(**changes))

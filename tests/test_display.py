@@ -31,9 +31,19 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None) -> None:
-    footer = {"schema_version": 1, "unit": unit, "generation": 0, "rows": 1000,
-              "prompt_tokens": 9000, "completion_tokens": 50_000,
-              "errors": errors or {}, "content_hash": "", "input_hash": "", "replica": "01-0-0", "versions": {}}  # fmt: skip
+    footer = {
+        "schema_version": 1,
+        "unit": unit,
+        "generation": 0,
+        "rows": 1000,
+        "prompt_tokens": 9000,
+        "completion_tokens": 50_000,
+        "errors": errors or {},
+        "content_hash": "",
+        "input_hash": "",
+        "replica": "01-0-0",
+        "versions": {},
+    }
     pq.write_table(pa.table({}).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)}), run_dir.completion(unit, 0))
 
 
@@ -43,8 +53,19 @@ def say(run_dir: RunDir, name: str, **progress: object) -> None:
 
 
 def say_running(run_dir: RunDir, beat: int = 1) -> None:
-    say(run_dir, "01-0-0", beat=beat, phase="running", rows_done=1200, prompt_tok_s=4000, completion_tok_s=1000.0, running=256,
-        waiting=1024, kv_used=53, kv_total=100)  # fmt: skip
+    say(
+        run_dir,
+        "01-0-0",
+        beat=beat,
+        phase="running",
+        rows_done=1200,
+        prompt_tok_s=4000,
+        completion_tok_s=1000.0,
+        running=256,
+        waiting=1024,
+        kv_used=53,
+        kv_total=100,
+    )
 
 
 def test_line_of_a_run_at_work(run_dir: RunDir) -> None:

@@ -22,7 +22,7 @@ LAYERS = {
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.model_runner model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-                  "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
+    "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.reference ops.reference_attention ops.reference_sampling",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
@@ -31,8 +31,23 @@ LAYERS = {
 LAYER_OF = {f"batchinfer.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 RANK = {layer: rank for rank, layer in enumerate(LAYERS)}
 
-CONTROL_PLANE = ("cli", "__main__", "compose", "config", "hardware", "memory", "stats", "report", "display", "publish", "job",
-                 "data.schema", "data.reader", "data.writer", "model.config")
+CONTROL_PLANE = (
+    "cli",
+    "__main__",
+    "compose",
+    "config",
+    "hardware",
+    "memory",
+    "stats",
+    "report",
+    "display",
+    "publish",
+    "job",
+    "data.schema",
+    "data.reader",
+    "data.writer",
+    "model.config",
+)
 DATA_PLANE = ("worker", "engine", "model", "ops")
 WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.sequence")
 TORCH = {"torch", "transformers", "safetensors.torch"}

@@ -16,8 +16,17 @@ from batchinfer.hardware import GIB
 from batchinfer.memory import kv_blocks, max_model_len, plan_memory, resolve_hw
 from batchinfer.model.config import ModelShape, load_shape
 
-SHAPE = ModelShape("LlamaForCausalLM", vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
-                   num_kv_heads=2, head_dim=16, max_position_embeddings=512)
+SHAPE = ModelShape(
+    "LlamaForCausalLM",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+)
 ENGINE = EngineConfig(block_size=16, max_num_seqs=4, max_num_batched_tokens=128)
 
 
@@ -49,10 +58,18 @@ def test_parts_stay_within_the_whole() -> None:
     assert plan.usable_bytes - block < used <= plan.usable_bytes
 
 
-@pytest.mark.parametrize(("model", "hw", "ranks"), [
-    ("llama7b", "rtx4090x2", 1), ("llama13b", "rtx4090x2", 2), ("llama13b", "a100x4", 1), ("llama7b", "cpu", 1),
-    ("llama3_70b", "a100x4", 4), ("llama3_70b", "h200x2", 2), ("llama3_70b", "h200x8", 2),
-])
+@pytest.mark.parametrize(
+    ("model", "hw", "ranks"),
+    [
+        ("llama7b", "rtx4090x2", 1),
+        ("llama13b", "rtx4090x2", 2),
+        ("llama13b", "a100x4", 1),
+        ("llama7b", "cpu", 1),
+        ("llama3_70b", "a100x4", 4),
+        ("llama3_70b", "h200x2", 2),
+        ("llama3_70b", "h200x8", 2),
+    ],
+)
 def test_automatic_ranks_are_the_fewest_that_fit(model: str, hw: str, ranks: int) -> None:
     assert planned(model, hw)[0].tensor_parallel == ranks
 
@@ -101,6 +118,7 @@ def test_unknown_gpu_lists_the_known_ones() -> None:
 
 
 # --- the host, through a driver of straw
+
 
 class Driver:
     """As much of NVML as is asked for: GPUs are dicts, MIG slices lie inside them."""
@@ -159,9 +177,15 @@ class Driver:
 
 H200 = {"name": "NVIDIA H200", "uuid": "GPU-aaaa-1", "gib": 140}
 L4 = {"name": "NVIDIA L4", "uuid": "GPU-bbbb-2", "gib": 22}
-CUT = {"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-cccc-3", "gib": 80, "slices": [
-    {"name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "uuid": "MIG-1", "gib": 10},
-    {"name": "NVIDIA H100 80GB HBM3 MIG 2g.20gb", "uuid": "MIG-2", "gib": 20}]}
+CUT = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "uuid": "GPU-cccc-3",
+    "gib": 80,
+    "slices": [
+        {"name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "uuid": "MIG-1", "gib": 10},
+        {"name": "NVIDIA H100 80GB HBM3 MIG 2g.20gb", "uuid": "MIG-2", "gib": 20},
+    ],
+}
 
 
 @pytest.fixture
@@ -172,13 +196,23 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-@pytest.mark.parametrize(("mask", "seen"), [
-    (None, ["GPU-aaaa-1", "GPU-bbbb-2", "MIG-1"]),
-    ("", []), ("-1", []), ("NoDevFiles", []),
-    ("1,0", ["GPU-bbbb-2", "GPU-aaaa-1"]), ("0,9,1", ["GPU-aaaa-1"]),
-    ("GPU-bbbb-2", ["GPU-bbbb-2"]), ("GPU-b", ["GPU-bbbb-2"]), ("GPU-", []),
-    ("MIG-2", ["MIG-2"]), ("MIG-9,0", []), ("2", ["MIG-1"]),
-])
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        (None, ["GPU-aaaa-1", "GPU-bbbb-2", "MIG-1"]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("1,0", ["GPU-bbbb-2", "GPU-aaaa-1"]),
+        ("0,9,1", ["GPU-aaaa-1"]),
+        ("GPU-bbbb-2", ["GPU-bbbb-2"]),
+        ("GPU-b", ["GPU-bbbb-2"]),
+        ("GPU-", []),
+        ("MIG-2", ["MIG-2"]),
+        ("MIG-9,0", []),
+        ("2", ["MIG-1"]),
+    ],
+)
 def test_the_mask_is_read_as_cuda_reads_it(driver: Driver, mask: str | None, seen: list[str]) -> None:
     assert [gpu.uuid for gpu in hardware.visible_gpus(mask)] == seen
     assert driver.open == 0
@@ -217,18 +251,33 @@ def host(root: Path, cgroup: str, files: dict[str, str]) -> Path:
 
 
 def test_cgroup_v2_limits_count_up_to_the_root(tmp_path: Path) -> None:
-    root = host(tmp_path, "0::/job/step\n", {
-        "sys/fs/cgroup/job/step/cpu.max": "max 100000", "sys/fs/cgroup/job/cpu.max": "100000 100000",
-        "sys/fs/cgroup/job/memory.max": "5000000", "sys/fs/cgroup/job/memory.current": "4000000",
-        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 500000\n", "sys/fs/cgroup/job/step/memory.max": "max"})
+    root = host(
+        tmp_path,
+        "0::/job/step\n",
+        {
+            "sys/fs/cgroup/job/step/cpu.max": "max 100000",
+            "sys/fs/cgroup/job/cpu.max": "100000 100000",
+            "sys/fs/cgroup/job/memory.max": "5000000",
+            "sys/fs/cgroup/job/memory.current": "4000000",
+            "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 500000\n",
+            "sys/fs/cgroup/job/step/memory.max": "max",
+        },
+    )
     assert hardware.usable_cores(root) == 1
     assert hardware.available_memory(root) == 1_500_000
 
 
 def test_cgroup_v1_limits(tmp_path: Path) -> None:
-    root = host(tmp_path, "2:cpu,cpuacct:/job\n3:memory:/job\n", {
-        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "50000", "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
-        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000", "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1000"})
+    root = host(
+        tmp_path,
+        "2:cpu,cpuacct:/job\n3:memory:/job\n",
+        {
+            "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "50000",
+            "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1000",
+        },
+    )
     assert hardware.usable_cores(root) == 1
     assert hardware.available_memory(root) == 2000
 

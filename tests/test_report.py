@@ -25,17 +25,28 @@ CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_c
 def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | None]) -> None:
     rows = len(completions)
     bad = sum(text is None for text in completions)
-    footer = {"schema_version": 1, "unit": unit, "generation": generation, "rows": rows, "prompt_tokens": 10 * rows,
-              "completion_tokens": 5 * (rows - bad), "errors": {"null_prompt": bad} if bad else {}, "content_hash": "",
-              "input_hash": "", "replica": "01-0-0", "versions": {}}  # fmt: skip
+    footer = {
+        "schema_version": 1,
+        "unit": unit,
+        "generation": generation,
+        "rows": rows,
+        "prompt_tokens": 10 * rows,
+        "completion_tokens": 5 * (rows - bad),
+        "errors": {"null_prompt": bad} if bad else {},
+        "content_hash": "",
+        "input_hash": "",
+        "replica": "01-0-0",
+        "versions": {},
+    }
     columns = {
-        "x_shard": pa.array(["a.parquet"] * rows), "x_row": pa.array(range(rows)),
+        "x_shard": pa.array(["a.parquet"] * rows),
+        "x_row": pa.array(range(rows)),
         "x_completion": pa.array(completions, pa.string()),
         "x_finish_reason": pa.array(["error" if text is None else "stop" for text in completions]),
         "x_ttft_s": pa.array([None if text is None else 1.0 for text in completions], pa.float64()),
         "x_latency_s": pa.array([None if text is None else 3.0 for text in completions], pa.float64()),
         "x_num_completion_tokens": pa.array([0 if text is None else 5 for text in completions], pa.int32()),
-    }  # fmt: skip
+    }
     table = pa.table(columns).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
     pq.write_table(table, run_dir.completion(unit, generation))
 
@@ -56,8 +67,18 @@ def run_dir(tmp_path: Path) -> RunDir:
         run_dir.progress(name).write_text(json.dumps(progress))
         recorder = StepRecorder(run_dir, name)
         for number in range(last):
-            recorder.record(StepStats(number, 100.0 + number, 1.0, prefill_seqs=1, decode_seqs=3, kv_blocks_used=number,
-                                      kv_blocks_total=10, preempted=number == 1))  # fmt: skip
+            recorder.record(
+                StepStats(
+                    number,
+                    100.0 + number,
+                    1.0,
+                    prefill_seqs=1,
+                    decode_seqs=3,
+                    kv_blocks_used=number,
+                    kv_blocks_total=10,
+                    preempted=number == 1,
+                )
+            )
         recorder.flush()
     return run_dir
 

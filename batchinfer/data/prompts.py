@@ -70,12 +70,16 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
         return Tokenizer.load(path)
     if config.input.token_ids_column is None:
         if path is None:
-            raise ConfigError("model.path=null: text prompts need a checkpoint folder with tokenizer.json; without one only"
-                              " input.token_ids_column works")  # fmt: skip
+            raise ConfigError(
+                "model.path=null: text prompts need a checkpoint folder with tokenizer.json; without one only"
+                " input.token_ids_column works"
+            )
         return Tokenizer.load(path)  # says what is missing
     if config.sampling.stop:
-        raise ConfigError(f"sampling.stop={config.sampling.stop}: model.path={path} has no tokenizer.json to look for text with; "
-                          "use sampling.stop_token_ids")  # fmt: skip
+        raise ConfigError(
+            f"sampling.stop={config.sampling.stop}: model.path={path} has no tokenizer.json to look for text with; "
+            "use sampling.stop_token_ids"
+        )
     if not config.output.token_ids:
         raise ConfigError(f"output.token_ids=false: model.path={path} has no tokenizer.json to make text with; set it to true")
     return None

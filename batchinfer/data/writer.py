@@ -91,9 +91,7 @@ def unit_footer(
     )
 
 
-def commit_unit(
-    run_dir: RunDir, unit: int, generation: int, table: pa.Table, footer: UnitFooter, compression: str
-) -> Published:
+def commit_unit(run_dir: RunDir, unit: int, generation: int, table: pa.Table, footer: UnitFooter, compression: str) -> Published:
     """Write the unit under a temporary name and publish it. LOST: somebody else committed this generation first."""
     final = run_dir.completion(unit, generation)
     tmp = temporary(final)
@@ -133,8 +131,10 @@ def read_footer(path: Path) -> UnitFooter:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise DamagedFile(f"{path}: not a whole completions file ({error}), so something else has damaged it; "
-                          "remove it and `resume` makes its rows again") from error  # fmt: skip
+        raise DamagedFile(
+            f"{path}: not a whole completions file ({error}), so something else has damaged it; "
+            "remove it and `resume` makes its rows again"
+        ) from error
 
 
 def logical_hash(table: pa.Table) -> str:

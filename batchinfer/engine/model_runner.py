@@ -125,7 +125,10 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     runner = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks)
     logger.info(
         "KV cache: %s blocks of %d tokens, %s; %s",
-        f"{num_blocks:,}", config.engine.block_size, gib(runner.kv_cache.nbytes), _memory_in_words(device),
+        f"{num_blocks:,}",
+        config.engine.block_size,
+        gib(runner.kv_cache.nbytes),
+        _memory_in_words(device),
     )
     runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
     return runner

@@ -43,9 +43,7 @@ class ScheduledBatch:
 class Scheduler:
     """Sequences in, batches out. `waiting` is served first in, first out; `running` stands in order of admission."""
 
-    def __init__(
-        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-    ) -> None:
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
         self.blocks = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens

@@ -55,8 +55,14 @@ UNKNOWN = Identity("", "", 0, 0, "", "")  # holder of a claim file that somethin
 class ClaimBoard:
     """One replica's view of the claims of a run. Remembers what cannot change: done units, who wrote a claim file."""
 
-    def __init__(self, run_dir: RunDir, num_units: int, identity: Identity, stall_timeout_s: float,
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+    def __init__(
+        self,
+        run_dir: RunDir,
+        num_units: int,
+        identity: Identity,
+        stall_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._run_dir, self._identity = run_dir, identity
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
         self._pending = list(range(num_units))

@@ -79,19 +79,23 @@ def check_placeable(kind: str, config: Config) -> None:
     if kind == "inline" and nodes > 1:
         raise ConfigError(f"{show('launcher.nodes', nodes)}: launcher.kind=inline runs in this process, so it must be 1")
     if kind == "local" and nodes > 1 and hw.gpu is not None:
-        raise ConfigError(f"{show('launcher.nodes', nodes)}: local jobs would share this host's GPUs, so it must be 1 "
-                          "(or use launcher=slurm)")  # fmt: skip
+        raise ConfigError(
+            f"{show('launcher.nodes', nodes)}: local jobs would share this host's GPUs, so it must be 1 (or use launcher=slurm)"
+        )
     if kind == "slurm":
         for program in ("sbatch", "srun"):
             if shutil.which(program) is None:
                 raise ConfigError(f"launcher.kind=slurm: {program} is not on the PATH; without SLURM use launcher=local")
     elif hw.gpu is not None and len(outer_devices(hw.gpus_per_node)) < hw.gpus_per_node:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
-        raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in "
-                          f"CUDA_VISIBLE_DEVICES={mask}")  # fmt: skip
+        raise ConfigError(
+            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in CUDA_VISIBLE_DEVICES={mask}"
+        )
     elif hw.gpu is not None and len(hardware.visible_gpus()) < hw.gpus_per_node:
-        raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: this host shows {len(hardware.visible_gpus())} GPUs, and "
-                          f"launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm")  # fmt: skip
+        raise ConfigError(
+            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: this host shows {len(hardware.visible_gpus())} GPUs, and "
+            f"launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm"
+        )
 
 
 def check_completions(run_dir: RunDir) -> None:
@@ -217,8 +221,11 @@ def _finish(run_dir: RunDir, config: Config) -> int:
     summary = json.loads((run_dir.report / "summary.json").read_bytes())
     share = summary["error_rows"] / max(1, summary["rows"])
     if share > config.max_error_fraction:
-        print(f"{share:.1%} of the rows are errors, more than {show('max_error_fraction', config.max_error_fraction)}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{share:.1%} of the rows are errors, more than {show('max_error_fraction', config.max_error_fraction)}",
+            file=sys.stderr,
+            flush=True,
+        )
         return FAILED
     return DONE
 
@@ -250,8 +257,15 @@ def _scancel(ids: Sequence[str]) -> int:
 
 def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Config) -> None:
     pid = os.getpid()
-    record = {"kind": kind, "jobs": list(ids), "pid": pid, "started": start_time(pid), "boot_id": boot_id(),
-              "host": socket.gethostname(), "config": config.to_dict()}  # fmt: skip
+    record = {
+        "kind": kind,
+        "jobs": list(ids),
+        "pid": pid,
+        "started": start_time(pid),
+        "boot_id": boot_id(),
+        "host": socket.gethostname(),
+        "config": config.to_dict(),
+    }
     replace_bytes(folder / "submission.json", json.dumps(record, indent=1).encode(), durable=True)
 
 

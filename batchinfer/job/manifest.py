@@ -53,15 +53,26 @@ class Manifest:
         return fingerprint_of(self.request)
 
     @classmethod
-    def create(cls, run_dir: RunDir, config: Config, inputs: InputSet, columns: list[str], units: Iterable[Unit],
-               request: dict[str, Any]) -> Manifest:  # fmt: skip
+    def create(
+        cls, run_dir: RunDir, config: Config, inputs: InputSet, columns: list[str], units: Iterable[Unit], request: dict[str, Any]
+    ) -> Manifest:
         """Make the run, or find that somebody made it first with the same request. Raises ConfigError for another one.
 
         config.yaml comes before manifest.json: a run killed between the two does not exist yet, and starts over.
         """
         run_dir.create()
-        ours = cls(SCHEMA_VERSION, datetime.now(UTC).isoformat(timespec="seconds"), config, str(inputs.root), inputs.shards,
-                   columns, tuple(units), request, versions(), git_commit())  # fmt: skip
+        ours = cls(
+            SCHEMA_VERSION,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            config,
+            str(inputs.root),
+            inputs.shards,
+            columns,
+            tuple(units),
+            request,
+            versions(),
+            git_commit(),
+        )
         if not run_dir.manifest_json.exists():
             _write_config(run_dir, config)
             if publish_bytes(run_dir.manifest_json, ours._to_json()) is Published.WON:

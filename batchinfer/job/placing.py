@@ -135,8 +135,10 @@ def place_slurm(run_dir: RunDir, config: Config, folder: Path, jobs: Sequence[No
         placed = executor.submit_array(list(jobs))
     except submitit.core.utils.FailedJobError as error:
         lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"launcher.kind=slurm: sbatch refused the job ({'; '.join(lines)}); check launcher.partition, account, "
-                          "qos, constraint, timeout_min and extra, and what hw asks for") from error  # fmt: skip
+        raise ConfigError(
+            f"launcher.kind=slurm: sbatch refused the job ({'; '.join(lines)}); check launcher.partition, account, "
+            "qos, constraint, timeout_min and extra, and what hw asks for"
+        ) from error
     return SlurmJobs([str(job.job_id) for job in placed])
 
 

@@ -215,20 +215,31 @@ class PlanReport:
         hw, nodes = self.fitted.hw, self.config.launcher.nodes
         what = f"{hw.gpu} ({hw.interconnect or 'no link'})" if hw.gpu else "CPU process"
         replicas = _count(nodes * self.replicas_per_node, "replica")
-        return [("hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"),
-                ("layout", f"{replicas} of {_count(int(hw.tensor_parallel), 'rank')} (hw.tensor_parallel)")]
+        return [
+            ("hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"),
+            ("layout", f"{replicas} of {_count(int(hw.tensor_parallel), 'rank')} (hw.tensor_parallel)"),
+        ]
 
     def _memory(self) -> list[tuple[str, str]]:
         memory = self.fitted.memory
         return [
-            ("model", f"{self.fitted.shape.num_parameters():,} parameters in {self.fitted.dtype}, "
-                      f"sequences of up to {memory.max_model_len:,} tokens"),
-            ("memory of a rank", f"at most {gib(memory.usable_bytes)} of {gib(memory.device_bytes)}: "
-                                 f"weights {gib(memory.weight_bytes)}, "
-                                 f"working memory {gib(memory.activation_bytes + memory.overhead_bytes)}, "
-                                 f"KV cache {gib(memory.kv_bytes)}"),
-            ("KV cache", f"{memory.kv_tokens:,} tokens in {memory.num_blocks:,} blocks: "
-                         f"{memory.concurrent_sequences:,} sequences of full length at once"),
+            (
+                "model",
+                f"{self.fitted.shape.num_parameters():,} parameters in {self.fitted.dtype}, "
+                f"sequences of up to {memory.max_model_len:,} tokens",
+            ),
+            (
+                "memory of a rank",
+                f"at most {gib(memory.usable_bytes)} of {gib(memory.device_bytes)}: "
+                f"weights {gib(memory.weight_bytes)}, "
+                f"working memory {gib(memory.activation_bytes + memory.overhead_bytes)}, "
+                f"KV cache {gib(memory.kv_bytes)}",
+            ),
+            (
+                "KV cache",
+                f"{memory.kv_tokens:,} tokens in {memory.num_blocks:,} blocks: "
+                f"{memory.concurrent_sequences:,} sequences of full length at once",
+            ),
         ]
 
     def _time(self) -> list[tuple[str, str]]:
@@ -255,6 +266,10 @@ def plan_report(config: Config) -> PlanReport:
     fitted = fit(config)
     units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit)
     return PlanReport(
-        config, fitted, len(inputs.shards), sum(num_rows(unit) for unit in units), len(units),
+        config,
+        fitted,
+        len(inputs.shards),
+        sum(num_rows(unit) for unit in units),
+        len(units),
         estimate_prompt_tokens(config, inputs, units, fitted),
     )

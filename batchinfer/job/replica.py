@@ -50,16 +50,31 @@ class Death:
 def torchrun(tensor_parallel: int, log_dir: Path) -> list[str]:
     """Every rank prints to both the common log, marked, and its own file. `--standalone` takes a free port by itself."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={tensor_parallel}",
-        "--max-restarts=0", "--role=rank", "--tee=3", f"--log-dir={log_dir}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nnodes=1",
+        f"--nproc-per-node={tensor_parallel}",
+        "--max-restarts=0",
+        "--role=rank",
+        "--tee=3",
+        f"--log-dir={log_dir}",
+    ]
 
 
 class Replica:
     """A started replica. `command` is followed by RUN_DIR --replica NAME --submission N."""
 
-    def __init__(self, run_dir: RunDir, submission: int, name: str, command: Sequence[str],
-                 env: Mapping[str, str], setup: Sequence[str] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        run_dir: RunDir,
+        submission: int,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        setup: Sequence[str] = (),
+    ) -> None:
         self.name, self._run_dir = name, run_dir
         self.log = run_dir.replica(name) / "log.txt"
         self._mark = f"{mark_of_job(run_dir, submission)}{name}:{secrets.token_hex(8)}"
@@ -123,8 +138,9 @@ def mark_of_job(run_dir: RunDir, submission: int) -> str:
     return f"{run_dir.root.absolute()}:{submission:02d}:"
 
 
-def torchrun_environment(base: Mapping[str, str], extra: Mapping[str, str], devices: Sequence[str],
-                         threads: int) -> dict[str, str]:  # fmt: skip
+def torchrun_environment(
+    base: Mapping[str, str], extra: Mapping[str, str], devices: Sequence[str], threads: int
+) -> dict[str, str]:
     """The environment of one replica's torchrun: `base` (this process's), ours, then the tier's `extra`, which wins."""
     package_root = str(Path(batchinfer.__file__).parent.parent)
     paths = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]

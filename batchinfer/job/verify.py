@@ -42,8 +42,10 @@ def not_compared(run_dir: RunDir) -> str | None:
     gone = [shard.path for shard in shards if not (root / shard.path).exists()]
     if not gone:
         return None
-    return (f"{len(gone):,} of {len(shards):,} input shards are not there any more (the first: {root / gone[0]}); "
-            "their units are not compared with the input")  # fmt: skip
+    return (
+        f"{len(gone):,} of {len(shards):,} input shards are not there any more (the first: {root / gone[0]}); "
+        "their units are not compared with the input"
+    )
 
 
 class _Verifier:

@@ -48,9 +48,7 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = self.embed_tokens if tied else VocabParallel("lm_head.weight", shape, parallel, dtype, device)
         self.register_buffer("cos_sin", rotary_table(shape, max_model_len, dtype, device), persistent=False)
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: AttentionInputs, kv_caches: Sequence[KVCache]
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionInputs, kv_caches: Sequence[KVCache]) -> Tensor:
         """token_ids and positions [T] -> hidden states [T, hidden_size]. Writes the tokens' keys and values to the caches."""
         x: Tensor = self.embed_tokens.embed(token_ids)
         residual: Tensor | None = None
@@ -75,9 +73,7 @@ class LlamaForCausalLM(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    def __init__(
-        self, index: int, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, index: int, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         name = f"model.layers.{index}"
         size, eps = shape.hidden_size, shape.rms_norm_eps
@@ -108,9 +104,7 @@ class LlamaLayer(nn.Module):
 class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions over the paged cache; a rank computes its own heads."""
 
-    def __init__(
-        self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         local = shape.local_sizes(parallel.size)
         self.head_dim, self.scale, self.sliding_window = shape.head_dim, shape.head_dim**-0.5, shape.sliding_window
@@ -127,9 +121,7 @@ class LlamaAttention(nn.Module):
     def _heads(self, name: str, total: int, first: int, count: int) -> OutputPart:
         return OutputPart(name, total * self.head_dim, first * self.head_dim, (first + count) * self.head_dim)
 
-    def forward(
-        self, x: Tensor, cos_sin: Tensor, positions: Tensor, attention: AttentionInputs, kv_cache: KVCache
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, attention: AttentionInputs, kv_cache: KVCache) -> Tensor:
         parts = self.qkv_proj(x).split(self.qkv_proj.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         keys, values = kv_cache
@@ -155,9 +147,7 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x)); a rank computes its own columns of gate and up."""
 
-    def __init__(
-        self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         total = shape.intermediate_size
         start, stop = parallel.bounds(total, shape.local_sizes(parallel.size).intermediate_size)

@@ -59,9 +59,7 @@ def paged_attention(
     return out
 
 
-def _cut(
-    cu_seqlens_q: list[int], context_lens: list[int], block_size: int, score_bytes: int, window: int | None
-) -> list[_Piece]:
+def _cut(cu_seqlens_q: list[int], context_lens: list[int], block_size: int, score_bytes: int, window: int | None) -> list[_Piece]:
     """Pieces whose scores stay within TEMPORARY_BYTES; a sequence of a few tokens is one piece."""
     pieces = []
     for sequence, context in enumerate(context_lens):

@@ -18,8 +18,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "_bundled",
-                   "__pycache__", "pydoc_data", "lib-dynload", "__phello__", "phello"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "lib2to3",
+    "_bundled",
+    "__pycache__",
+    "pydoc_data",
+    "lib-dynload",
+    "__phello__",
+    "phello",
+}
 SKIPPED_FILES = re.compile(r"_sysconfigdata|entities\.py$|keysyms|stringprep")
 HELD_BACK_SHARE = 0.03
 

@@ -22,13 +22,15 @@ import pyarrow.parquet as pq
 
 from batchinfer.tiny.corpus import Document, documents, split
 
-SCHEMA = pa.schema([
-    pa.field("id", pa.int64(), nullable=False),
-    pa.field("prompt", pa.string(), nullable=False),
-    pa.field("source", pa.dictionary(pa.int32(), pa.string())),
-    pa.field("created", pa.timestamp("ms", tz="UTC")),
-    pa.field("words", pa.int32()),
-])
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("source", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("created", pa.timestamp("ms", tz="UTC")),
+        pa.field("words", pa.int32()),
+    ]
+)
 SHARD_ROWS = (150, 106)
 FIRST_CREATED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 HAND_WRITTEN = (

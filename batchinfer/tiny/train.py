@@ -48,9 +48,9 @@ CHAT_TEMPLATE = (
 )
 PROMPTS = (
     "Return a list of",
-    "def read_lines(path):\n    \"\"\"",
+    'def read_lines(path):\n    """',
     "The following example shows how to",
-    "class ThreadPool:\n    \"\"\"",
+    'class ThreadPool:\n    """',
     "user: What is json.loads(s)?\n\nassistant:",
 )
 DATA_LICENCE = """\
@@ -107,8 +107,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, special_tokens=[BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=[BOS, EOS], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts, trainer)
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -119,14 +120,17 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, config: LlamaConfig, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    })
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
@@ -168,27 +172,30 @@ def save_model(state: dict[str, Tensor], config: LlamaConfig, folder: Path) -> N
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(folder / "config.json", {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        **ids,
-    })
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": config.max_position_embeddings,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            **ids,
+        },
+    )
     _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     (folder / "LICENSE-DATA.txt").write_text(DATA_LICENCE)
 
@@ -262,8 +269,10 @@ def train(model: nn.Module, learnt: Tensor, held: Tensor, opt: Options) -> dict[
         if progress * opt.evaluations >= evaluated + 1 or progress >= 1:
             evaluated += 1
             held_loss = held_out_loss(model, held, opt)
-            print(f"step {step:,}  epoch {step / per_epoch:.2f}  {elapsed:.0f} s  "
-                  f"loss {loss.item():.3f}  held-out {held_loss:.3f}", flush=True)
+            print(
+                f"step {step:,}  epoch {step / per_epoch:.2f}  {elapsed:.0f} s  loss {loss.item():.3f}  held-out {held_loss:.3f}",
+                flush=True,
+            )
             if held_loss < best_loss:
                 best_loss = held_loss
                 best = {name: t.detach().float().cpu().clone() for name, t in model.state_dict().items()}
@@ -296,7 +305,7 @@ def show_completions(folder: Path, tokenizer: Tokenizer) -> None:
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt).ids])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=0)
-        print(f"--- {prompt!r}\n{tokenizer.decode(out[0, ids.shape[1]:].tolist())}")
+        print(f"--- {prompt!r}\n{tokenizer.decode(out[0, ids.shape[1] :].tolist())}")
 
 
 def main() -> None:
@@ -313,8 +322,11 @@ def main() -> None:
     model: nn.Module = LlamaForCausalLM(config)
     model.to(opt.device)
     add_dropout(model, opt.dropout)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(learnt_tokens):,} tokens to learn from "
-          f"(prose {PROSE_REPEATS} times), {len(held_tokens):,} held out, on {opt.device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(learnt_tokens):,} tokens to learn from "
+        f"(prose {PROSE_REPEATS} times), {len(held_tokens):,} held out, on {opt.device}",
+        flush=True,
+    )
     best = train(model, learnt_tokens, held_tokens, opt)
     save_tokenizer(tokenizer, config, opt.out)
     save_model(best, config, opt.out)

@@ -65,7 +65,9 @@ def choose_device(config: Config) -> torch.device:
     if config.hw.gpu is None or (config.hw.gpu == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError(f"hw.gpu={config.hw.gpu} but PyTorch {torch.__version__} sees no GPU here; choose hw=cpu or mend the driver")
+        raise ConfigError(
+            f"hw.gpu={config.hw.gpu} but PyTorch {torch.__version__} sees no GPU here; choose hw=cpu or mend the driver"
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
@@ -82,7 +84,9 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
         shape = load_shape(config.model)
         engine = build_engine(config, shape, parallel, device)
         progress.phases |= engine.phases | {"ready": process_age()}
-        recorder = StepRecorder(arguments.run_dir, name, config.stats_every, GpuSampler.start() if device.type == "cuda" else None)
+        recorder = StepRecorder(
+            arguments.run_dir, name, config.stats_every, GpuSampler.start() if device.type == "cuda" else None
+        )
         try:
             complete = work(arguments, manifest, config, name, engine, recorder, progress, shape.vocab_size)
         finally:
@@ -96,10 +100,28 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
         progress.close()
 
 
-def work(arguments: Arguments, manifest: Manifest, config: Config, name: str, engine: Engine, recorder: StepRecorder,
-         progress: Progress, vocab_size: int) -> bool:
-    replica = Replica(arguments.run_dir, manifest, config, name, arguments.submission, engine, recorder, progress,
-                      engine.max_model_len, vocab_size)  # fmt: skip
+def work(
+    arguments: Arguments,
+    manifest: Manifest,
+    config: Config,
+    name: str,
+    engine: Engine,
+    recorder: StepRecorder,
+    progress: Progress,
+    vocab_size: int,
+) -> bool:
+    replica = Replica(
+        arguments.run_dir,
+        manifest,
+        config,
+        name,
+        arguments.submission,
+        engine,
+        recorder,
+        progress,
+        engine.max_model_len,
+        vocab_size,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: replica.stop())
     return replica.run()
@@ -129,10 +151,7 @@ def main(argv: list[str]) -> int:
         config = effective_config(arguments, manifest)
         device = choose_device(config)
         parallel = init_distributed(device)
-        if parallel.rank == 0:
-            code = lead(arguments, manifest, config, parallel, device)
-        else:
-            code = follow(config, parallel, device)
+        code = lead(arguments, manifest, config, parallel, device) if parallel.rank == 0 else follow(config, parallel, device)
         parallel.close()
         return code
     except Exception as error:

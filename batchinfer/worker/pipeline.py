@@ -158,8 +158,16 @@ class CompletionSink:
     (statistics are flushed, the weights' hash is awaited), so that a committed row never points at something lost.
     """
 
-    def __init__(self, run_dir: RunDir, manifest: Manifest, config: Config, replica: str, tokenizer: Tokenizer | None,
-                 input_schema: pa.Schema, before_commit: Callable[[], None]):
+    def __init__(
+        self,
+        run_dir: RunDir,
+        manifest: Manifest,
+        config: Config,
+        replica: str,
+        tokenizer: Tokenizer | None,
+        input_schema: pa.Schema,
+        before_commit: Callable[[], None],
+    ):
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
         self._tokenizer, self._before_commit = tokenizer, before_commit
         self._schema = output_schema(input_schema, manifest.columns, config.output)

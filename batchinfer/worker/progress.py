@@ -64,9 +64,14 @@ class Progress:
         with self._lock:
             gauges = self._gauges()
             record = {
-                "beat": self._beat, "phase": self._phase, "error": self._error, "phases": self.phases,
-                **gauges, **self._rates.update(gauges), "updated": time.time(),
-            }  # fmt: skip
+                "beat": self._beat,
+                "phase": self._phase,
+                "error": self._error,
+                "phases": self.phases,
+                **gauges,
+                **self._rates.update(gauges),
+                "updated": time.time(),
+            }
             replace_bytes(self._path, json.dumps(record).encode())
 
 

@@ -59,8 +59,19 @@ class Background:
 class Replica:
     """Runs units of one run through one engine until none is left, or until it is told to stop."""
 
-    def __init__(self, run_dir: RunDir, manifest: Manifest, config: Config, name: str, submission: int | None,
-                 engine: Engine, recorder: StepRecorder, progress: Progress, max_model_len: int, vocab_size: int):
+    def __init__(
+        self,
+        run_dir: RunDir,
+        manifest: Manifest,
+        config: Config,
+        name: str,
+        submission: int | None,
+        engine: Engine,
+        recorder: StepRecorder,
+        progress: Progress,
+        max_model_len: int,
+        vocab_size: int,
+    ):
         self._run_dir, self._manifest, self._config, self._submission = run_dir, manifest, config, submission
         self._engine, self._recorder, self._progress = engine, recorder, progress
         self._weights = Background(self._check_weights, "weights-hash")
@@ -153,11 +164,17 @@ class Replica:
         totals, engine = self._sink.totals, self._engine
         blocks = engine.scheduler.blocks
         return {
-            "rows_done": totals.rows_done, "rows_committed": totals.rows_committed, "units_committed": totals.units_committed,
-            "prompt_tokens": self._prompt_tokens, "completion_tokens": self._completion_tokens, "errors": dict(totals.errors),
-            "running": engine.num_running, "waiting": engine.num_waiting,
-            "kv_used": blocks.num_used_blocks, "kv_total": blocks.num_blocks,
-        }  # fmt: skip
+            "rows_done": totals.rows_done,
+            "rows_committed": totals.rows_committed,
+            "units_committed": totals.units_committed,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "errors": dict(totals.errors),
+            "running": engine.num_running,
+            "waiting": engine.num_waiting,
+            "kv_used": blocks.num_used_blocks,
+            "kv_total": blocks.num_blocks,
+        }
 
 
 def input_root(manifest: Manifest, config: Config) -> Path:

@@ -34,11 +34,22 @@ from batchinfer.job.verify import verify
 from batchinfer.publish import Published
 
 WATCHED: tuple[tuple[Any, str], ...] = (
-    (os, "open"), (os, "write"), (os, "fsync"), (os, "close"), (os, "link"), (os, "unlink"), (os, "rename"), (os, "replace"),
-    (os, "mkdir"), (os, "listdir"), (os, "stat"),
+    (os, "open"),
+    (os, "write"),
+    (os, "fsync"),
+    (os, "close"),
+    (os, "link"),
+    (os, "unlink"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "mkdir"),
+    (os, "listdir"),
+    (os, "stat"),
     # Arrow's own writes: between them a temporary file is there, and torn.
-    (pq.ParquetWriter, "__init__"), (pq.ParquetWriter, "write_table"), (pq.ParquetWriter, "close"),
-)  # fmt: skip
+    (pq.ParquetWriter, "__init__"),
+    (pq.ParquetWriter, "write_table"),
+    (pq.ParquetWriter, "close"),
+)
 UNITS = ((RowRange(0, 0, 2),), (RowRange(0, 2, 3), RowRange(1, 0, 2)))
 
 
@@ -141,8 +152,9 @@ def check_complete(run_dir: RunDir, generation: int = 0) -> None:
     assert texts == [f"done: prompt {i}" for i in range(len(texts))]
 
 
-def for_every_kill(folder: Path, prepare: Callable[[Path], RunDir], action: Callable[[RunDir], None],
-                   check: Callable[[RunDir], None]) -> int:  # fmt: skip
+def for_every_kill(
+    folder: Path, prepare: Callable[[Path], RunDir], action: Callable[[RunDir], None], check: Callable[[RunDir], None]
+) -> int:
     """`action` killed before each of its calls in turn, on a fresh copy of the prepared run; `check` after each."""
     run_dir = prepare(folder)
     pristine = folder / "pristine"
@@ -276,8 +288,16 @@ def small_files(folder: Path) -> int:
     return for_every_kill(folder, create_run, action, check)
 
 
-SCENARIOS = (claim_and_commit, without_links, success_reported_as_failure, claim_and_release, take_over, second_generation,
-             create_manifest, small_files)  # fmt: skip
+SCENARIOS = (
+    claim_and_commit,
+    without_links,
+    success_reported_as_failure,
+    claim_and_release,
+    take_over,
+    second_generation,
+    create_manifest,
+    small_files,
+)
 
 if __name__ == "__main__":
     manifest_module.git_commit = lambda: None  # no part of the promise, and slow

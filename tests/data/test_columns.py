@@ -11,14 +11,24 @@ from batchinfer.config import Config, ConfigError, InputConfig, OutputConfig
 from batchinfer.data.prompts import check_columns, columns_needed, columns_to_read
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.large_string()), ("name", pa.string())])
-SCHEMA = pa.schema([
-    ("text", pa.string()), ("large", pa.large_string()), ("view", pa.string_view()),
-    ("dictionary", pa.dictionary(pa.int8(), pa.string())), ("number", pa.int64()), ("bytes", pa.binary()),
-    ("messages", pa.list_(MESSAGE)), ("large messages", pa.large_list(MESSAGE)),
-    ("no roles", pa.list_(pa.struct([("a", pa.string())]))),
-    ("ids", pa.list_(pa.int32())), ("small ids", pa.large_list(pa.uint16())), ("floats", pa.list_(pa.float32())),
-    ("options", pa.struct([("top_k", pa.int64())])), ("row", pa.int64()),
-])
+SCHEMA = pa.schema(
+    [
+        ("text", pa.string()),
+        ("large", pa.large_string()),
+        ("view", pa.string_view()),
+        ("dictionary", pa.dictionary(pa.int8(), pa.string())),
+        ("number", pa.int64()),
+        ("bytes", pa.binary()),
+        ("messages", pa.list_(MESSAGE)),
+        ("large messages", pa.large_list(MESSAGE)),
+        ("no roles", pa.list_(pa.struct([("a", pa.string())]))),
+        ("ids", pa.list_(pa.int32())),
+        ("small ids", pa.large_list(pa.uint16())),
+        ("floats", pa.list_(pa.float32())),
+        ("options", pa.struct([("top_k", pa.int64())])),
+        ("row", pa.int64()),
+    ]
+)
 KEEP = OutputConfig(keep_columns=["number"])
 
 
@@ -26,11 +36,14 @@ def config(output: OutputConfig = KEEP, **source: object) -> Config:
     return Config(input=InputConfig(**source), output=output)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("key", "column"), [
-    *(("prompt_column", name) for name in ("text", "large", "view", "dictionary")),
-    *(("messages_column", name) for name in ("messages", "large messages", "text", "dictionary")),
-    *(("token_ids_column", name) for name in ("ids", "small ids")),
-])
+@pytest.mark.parametrize(
+    ("key", "column"),
+    [
+        *(("prompt_column", name) for name in ("text", "large", "view", "dictionary")),
+        *(("messages_column", name) for name in ("messages", "large messages", "text", "dictionary")),
+        *(("token_ids_column", name) for name in ("ids", "small ids")),
+    ],
+)
 def test_good_columns(key: str, column: str) -> None:
     request = config(**{key: column})
     assert check_columns(SCHEMA, request) == ["number"]
@@ -38,14 +51,17 @@ def test_good_columns(key: str, column: str) -> None:
     assert columns_to_read(request.input, SCHEMA, ["number", column]) == ["number", column]
 
 
-@pytest.mark.parametrize(("key", "column", "words"), [
-    ("prompt_column", "number", "'number' is int64; it must be text"),
-    ("prompt_column", "bytes", "'bytes' is binary; it must be text"),
-    ("messages_column", "no roles", "it must be a list of structs with role and content, or text"),
-    ("messages_column", "ids", "'ids' is list<.*int32>; it must be"),
-    ("token_ids_column", "floats", "it must be a list of integers"),
-    ("token_ids_column", "text", "'text' is string; it must be a list of integers"),
-])
+@pytest.mark.parametrize(
+    ("key", "column", "words"),
+    [
+        ("prompt_column", "number", "'number' is int64; it must be text"),
+        ("prompt_column", "bytes", "'bytes' is binary; it must be text"),
+        ("messages_column", "no roles", "it must be a list of structs with role and content, or text"),
+        ("messages_column", "ids", "'ids' is list<.*int32>; it must be"),
+        ("token_ids_column", "floats", "it must be a list of integers"),
+        ("token_ids_column", "text", "'text' is string; it must be a list of integers"),
+    ],
+)
 def test_wrong_types(key: str, column: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"input.{key}: column .*{words}"):
         check_columns(SCHEMA, config(**{key: column}))

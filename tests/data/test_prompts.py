@@ -19,8 +19,10 @@ from batchinfer.data.schema import ERROR_CODES
 from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.engine.sequence import SamplingParams
 
-CHAT = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.name is defined %}({{ m.name }}){% endif %}"
-        "{% endfor %}{{ mood }}>")
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.name is defined %}({{ m.name }}){% endif %}"
+    "{% endfor %}{{ mood }}>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,12 @@ def tokenizer(byte_level_folder: Path) -> Tokenizer:
 @pytest.fixture
 def prepare(tokenizer: Tokenizer) -> Any:
     def run(
-        values: dict[str, Any], sampling: SamplingConfig | None = None, max_model_len: int = 500, vocab_size: int = 330,
-        tokenizer: Tokenizer | None = tokenizer, **source: Any,
+        values: dict[str, Any],
+        sampling: SamplingConfig | None = None,
+        max_model_len: int = 500,
+        vocab_size: int = 330,
+        tokenizer: Tokenizer | None = tokenizer,
+        **source: Any,
     ) -> list[PreparedRow]:
         config = Config(seed=7, input=InputConfig(**source), sampling=sampling or SamplingConfig())
         builder = PromptBuilder(config, tokenizer, ChatTemplate.load(None, CHAT), max_model_len, vocab_size)
@@ -68,14 +74,14 @@ def test_chunks_and_slices(prepare: Any, tokenizer: Tokenizer) -> None:
 
 def test_an_empty_prompt_is_a_prompt(byte_fallback_folder: Path, tmp_path: Path, prepare: Any) -> None:
     adds_nothing = Tokenizer.load(byte_fallback_folder)
-    row, = prepare({"p": [""]}, tokenizer=adds_nothing, prompt_column="p")
+    (row,) = prepare({"p": [""]}, tokenizer=adds_nothing, prompt_column="p")
     assert row.token_ids == [adds_nothing.bos_token_id]
     for config, expected in (({"bos_token": None, "eos_token": "</s>"}, [2]), ({}, None)):
         (tmp_path / "tokenizer.json").write_bytes((byte_fallback_folder / "tokenizer.json").read_bytes())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        row, = prepare({"p": [""]}, tokenizer=Tokenizer.load(tmp_path), prompt_column="p")
+        (row,) = prepare({"p": [""]}, tokenizer=Tokenizer.load(tmp_path), prompt_column="p")
         assert row.token_ids == expected and row.error == (None if expected else "empty_prompt")
-    row, = prepare({"ids": pa.array([[]], pa.list_(pa.int64()))}, tokenizer=None, token_ids_column="ids")
+    (row,) = prepare({"ids": pa.array([[]], pa.list_(pa.int64()))}, tokenizer=None, token_ids_column="ids")
     assert row.error == "empty_prompt"
 
 
@@ -84,7 +90,7 @@ def test_text_that_is_not_unicode(prepare: Any) -> None:
     assert [row.error for row in prepare({"p": broken}, prompt_column="p")] == [None, "bad_prompt", None]
     rows = prepare({"p": broken}, prompt_template="{{ p }}")
     assert [row.error for row in rows] == [None, "template_error", None]
-    row, = prepare({"m": [r'[{"role": "user", "content": "\ud800"}]']}, messages_column="m")
+    (row,) = prepare({"m": [r'[{"role": "user", "content": "\ud800"}]']}, messages_column="m")
     assert row.error == "bad_prompt"
 
 
@@ -102,9 +108,14 @@ def test_a_tokenizer_larger_than_the_model(prepare: Any) -> None:
     assert {row.error for row in rows} == {"bad_token_ids"}
 
 
-@pytest.mark.parametrize(("policy", "expected"), [
-    ("error", None), ("truncate_left", [4, 5, 6, 7]), ("truncate_right", [1, 2, 3, 4]),
-])
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("error", None),
+        ("truncate_left", [4, 5, 6, 7]),
+        ("truncate_right", [1, 2, 3, 4]),
+    ],
+)
 def test_too_long(prepare: Any, policy: str, expected: list[int] | None) -> None:
     values = {"ids": [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]}
     fits, too_long = prepare(values, max_model_len=5, token_ids_column="ids", too_long=policy)
@@ -116,7 +127,7 @@ def test_too_long(prepare: Any, policy: str, expected: list[int] | None) -> None
 
 def test_max_tokens_is_cut_to_what_is_left(prepare: Any) -> None:
     sampling = SamplingConfig(max_tokens=100, min_tokens=50)
-    row, = prepare({"ids": [[1] * 60]}, sampling, max_model_len=64, token_ids_column="ids")
+    (row,) = prepare({"ids": [[1] * 60]}, sampling, max_model_len=64, token_ids_column="ids")
     assert (row.sampling.max_tokens, row.sampling.min_tokens) == (4, 4)
 
 
@@ -124,7 +135,10 @@ def test_prompt_templates(prepare: Any, tokenizer: Tokenizer) -> None:
     values = {"q": ["1+1", None, "x"], "n": [2, 3, 0]}
     rows = prepare(values, prompt_template="Q: {{ q }} {{ 6 // n }}")
     assert [tokenizer.decode(row.token_ids) if row.token_ids else row.error for row in rows] == [
-        "Q: 1+1 3", "Q: None 2", "template_error"]
+        "Q: 1+1 3",
+        "Q: None 2",
+        "template_error",
+    ]
     assert "ZeroDivisionError" in rows[2].error_message
 
 
@@ -150,11 +164,25 @@ def test_plain_prompts_as_chats(prepare: Any, tokenizer: Tokenizer) -> None:
     assert decoded(rows, tokenizer) == ["[user]<a>>"]
 
 
-@pytest.mark.parametrize("bad", [
-    "", "{", "{}", "[]", "3", '"text"', "[1]", "[null]",
-    '[{"content": "a"}]', '[{"role": "user"}]', '[{"role": 1, "content": "a"}]',
-    '[{"role": "user", "content": null}]', '[{"role": "user", "content": 5}]', "[" * 100_000,
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "{",
+        "{}",
+        "[]",
+        "3",
+        '"text"',
+        "[1]",
+        "[null]",
+        '[{"content": "a"}]',
+        '[{"role": "user"}]',
+        '[{"role": 1, "content": "a"}]',
+        '[{"role": "user", "content": null}]',
+        '[{"role": "user", "content": 5}]',
+        "[" * 100_000,
+    ],
+)
 def test_bad_messages(prepare: Any, bad: str) -> None:
     good = '[{"role": "user", "content": "a"}]'
     rows = prepare({"m": [good, bad, good]}, messages_column="m")
@@ -172,13 +200,15 @@ def test_a_chat_template_that_raises(tokenizer: Tokenizer) -> None:
     template = ChatTemplate.load(None, "{{ raise_exception('roles must alternate') }}")
     config = Config(input=InputConfig(messages_column="m"))
     builder = PromptBuilder(config, tokenizer, template, 100, 330)
-    row, = builder.prepare(pa.table({"m": ['[{"role": "user", "content": "a"}]']}), [("s", 0)])
+    (row,) = builder.prepare(pa.table({"m": ['[{"role": "user", "content": "a"}]']}), [("s", 0)])
     assert row.error == "template_error" and "roles must alternate" in str(row.error_message)
 
 
 def test_what_can_work_for_no_row_is_refused_at_the_start(tokenizer: Tokenizer) -> None:
-    for source, key in ((InputConfig(messages_column="m"), "messages_column"),
-                        (InputConfig(prompt_column="p", apply_chat_template=True), "apply_chat_template")):
+    for source, key in (
+        (InputConfig(messages_column="m"), "messages_column"),
+        (InputConfig(prompt_column="p", apply_chat_template=True), "apply_chat_template"),
+    ):
         with pytest.raises(ConfigError, match=f"input.{key} needs a chat template"):
             PromptBuilder(Config(input=source), tokenizer, None, 100, 330)
     with pytest.raises(ConfigError, match=r"text prompts need .*tokenizer\.json"):
@@ -200,19 +230,24 @@ BASE = SamplingConfig(temperature=0.5, max_tokens=20, stop=["x"])
 
 
 def override(prepare: Any, value: Any, kind: pa.DataType | None = None) -> PreparedRow:
-    row, = prepare({"p": ["a"], "s": pa.array([value], kind)}, BASE, prompt_column="p", sampling_column="s")
+    (row,) = prepare({"p": ["a"], "s": pa.array([value], kind)}, BASE, prompt_column="p", sampling_column="s")
     return row
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    ({}, {}),
-    ({"temperature": 1}, {"temperature": 1.0}),
-    ({"max_tokens": 7.0, "top_k": 5}, {"max_tokens": 7, "top_k": 5}),
-    ({"top_k": 10**30}, {"top_k": 330}),
-    ({"stop": ["a", "b"], "stop_token_ids": [3], "ignore_eos": True},
-     {"stop": ("a", "b"), "stop_token_ids": (3,), "ignore_eos": True}),
-    ({"stop": [], "min_p": None, "regex": None, "n": 1, "repetition_penalty": 1.0}, {"stop": ()}),
-])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        ({"temperature": 1}, {"temperature": 1.0}),
+        ({"max_tokens": 7.0, "top_k": 5}, {"max_tokens": 7, "top_k": 5}),
+        ({"top_k": 10**30}, {"top_k": 330}),
+        (
+            {"stop": ["a", "b"], "stop_token_ids": [3], "ignore_eos": True},
+            {"stop": ("a", "b"), "stop_token_ids": (3,), "ignore_eos": True},
+        ),
+        ({"stop": [], "min_p": None, "regex": None, "n": 1, "repetition_penalty": 1.0}, {"stop": ()}),
+    ],
+)
 def test_overrides(prepare: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
     wanted = SamplingParams(**{"temperature": 0.5, "max_tokens": 20, "stop": ("x",), **expected})
     assert override(prepare, json.dumps(given)).sampling == wanted
@@ -225,27 +260,30 @@ def test_no_override(prepare: Any) -> None:
         assert override(prepare, value, kind).sampling == SamplingParams(temperature=0.5, max_tokens=20, stop=("x",))
 
 
-@pytest.mark.parametrize(("bad", "words"), [
-    ('{"temprature": 1}', "did you mean sampling.temperature"),
-    ('{"temperature": -1}', "must be at least 0"),
-    ('{"temperature": "hot"}', "must be a number"),
-    ('{"temperature": NaN}', "finite"),
-    ('{"temperature": ' + "9" * 400 + "}", "too large"),
-    ('{"top_p": 0}', "must be above 0"),
-    ('{"max_tokens": 0}', "must be at least 1"),
-    ('{"max_tokens": 1.5}', "must be an integer"),
-    ('{"max_tokens": true}', "must be an integer"),
-    ('{"min_tokens": 21}', "at most sampling.max_tokens=20"),
-    ('{"ignore_eos": 1}', "true or false"),
-    ('{"stop": "x"}', "list of texts"),
-    ('{"stop": [""]}', "must not be empty"),
-    ('{"n": 2}', "not supported yet"),
-    ('{"regex": "a+"}', "not supported yet"),
-    (r'{"\ud800": 1}', "no such key"),
-    ("[1]", "must be an object"),
-    ("{", "not JSON"),
-    ("", "not JSON"),
-])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ('{"temprature": 1}', "did you mean sampling.temperature"),
+        ('{"temperature": -1}', "must be at least 0"),
+        ('{"temperature": "hot"}', "must be a number"),
+        ('{"temperature": NaN}', "finite"),
+        ('{"temperature": ' + "9" * 400 + "}", "too large"),
+        ('{"top_p": 0}', "must be above 0"),
+        ('{"max_tokens": 0}', "must be at least 1"),
+        ('{"max_tokens": 1.5}', "must be an integer"),
+        ('{"max_tokens": true}', "must be an integer"),
+        ('{"min_tokens": 21}', "at most sampling.max_tokens=20"),
+        ('{"ignore_eos": 1}', "true or false"),
+        ('{"stop": "x"}', "list of texts"),
+        ('{"stop": [""]}', "must not be empty"),
+        ('{"n": 2}', "not supported yet"),
+        ('{"regex": "a+"}', "not supported yet"),
+        (r'{"\ud800": 1}', "no such key"),
+        ("[1]", "must be an object"),
+        ("{", "not JSON"),
+        ("", "not JSON"),
+    ],
+)
 def test_bad_overrides(prepare: Any, bad: str, words: str) -> None:
     row = override(prepare, bad)
     assert row.error == "bad_sampling" and words in row.error_message
@@ -267,9 +305,9 @@ def test_bad_rows_do_not_move_their_neighbours(prepare: Any, tokenizer: Tokenize
 def test_seeds(prepare: Any) -> None:
     plain = prepare({"p": ["a", "b"]}, prompt_column="p")
     assert [row.seed for row in plain] == [row_seed(7, "s.parquet", 10, 0), row_seed(7, "s.parquet", 11, 0)]
-    own, = prepare({"p": ["a"]}, SamplingConfig(seed=0), prompt_column="p")
+    (own,) = prepare({"p": ["a"]}, SamplingConfig(seed=0), prompt_column="p")
     assert own.seed == row_seed(0, "s.parquet", 10, 0)
-    row, = prepare({"p": ["a"], "s": ['{"seed": 3}']}, SamplingConfig(seed=0), prompt_column="p", sampling_column="s")
+    (row,) = prepare({"p": ["a"], "s": ['{"seed": 3}']}, SamplingConfig(seed=0), prompt_column="p", sampling_column="s")
     assert row.seed == row_seed(3, "s.parquet", 10, 0)
 
 

@@ -22,8 +22,13 @@ HYPOTHESIS = settings(max_examples=60, deadline=None, suppress_health_check=[Hea
 
 def write(path: Path, rows: int = 3, first: int = 0, row_group_size: int | None = None, **columns: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({"p": pa.array([f"{path.name} {first + i}" for i in range(rows)], pa.string()),
-                      "n": pa.array(range(first, first + rows), pa.int64()), **columns})
+    table = pa.table(
+        {
+            "p": pa.array([f"{path.name} {first + i}" for i in range(rows)], pa.string()),
+            "n": pa.array(range(first, first + rows), pa.int64()),
+            **columns,
+        }
+    )
     pq.write_table(table, path, row_group_size=row_group_size)
     return path
 
@@ -59,7 +64,7 @@ class TestScan:
         assert names(tmp_path / "[_a]*") == ["a.parquet"]
 
     @pytest.mark.parametrize(
-        "name", ["with space.parquet", "it's \"quoted\".parquet", "émoji 🎉 你.parquet", "[01] * ?.parquet", "a,b=c.parquet"]
+        "name", ["with space.parquet", 'it\'s "quoted".parquet', "émoji 🎉 你.parquet", "[01] * ?.parquet", "a,b=c.parquet"]
     )
     def test_odd_names(self, tmp_path: Path, name: str) -> None:
         write(tmp_path / "[x]" / name)
@@ -125,11 +130,18 @@ class TestScan:
         write(tmp_path / "good.parquet", rows=500)
         path = write(tmp_path / "bad one.parquet", rows=500)
         data = path.read_bytes()
-        path.write_bytes({
-            "empty": b"", "short": b"PAR1PAR1", "text": b"a,b\n1,2\n" * 99, "end": data[:-100], "middle": data[:200] + data[900:],
-            "beginning": data[300:], "footer": data[:-200] + b"\xff" * 150 + data[-50:],
-            "length": data[:-8] + b"\xff\xff\xff\x7fPAR1",
-        }[damage])
+        path.write_bytes(
+            {
+                "empty": b"",
+                "short": b"PAR1PAR1",
+                "text": b"a,b\n1,2\n" * 99,
+                "end": data[:-100],
+                "middle": data[:200] + data[900:],
+                "beginning": data[300:],
+                "footer": data[:-200] + b"\xff" * 150 + data[-50:],
+                "length": data[:-8] + b"\xff\xff\xff\x7fPAR1",
+            }[damage]
+        )
         with pytest.raises(ConfigError, match=r"bad one\.parquet' cannot be read as Parquet"):
             scan_shards([str(tmp_path)])
 
@@ -190,7 +202,8 @@ RANGES = st.lists(
             lambda r: RowRange(s[0], r[0], min(s[1], r[0] + r[1]))
         )
     ),
-    min_size=1, max_size=5,
+    min_size=1,
+    max_size=5,
 )
 
 

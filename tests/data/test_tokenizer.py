@@ -108,7 +108,7 @@ def test_no_half_character_is_shown(byte_level_folder: Path) -> None:
 def test_special_tokens(byte_level_folder: Path, byte_fallback_folder: Path) -> None:
     tokenizer = Tokenizer.load(byte_level_folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_ids) == (0, 1, [1])
-    plain, = tokenizer.encode_batch(["Hello"], add_special_tokens=False)
+    (plain,) = tokenizer.encode_batch(["Hello"], add_special_tokens=False)
     assert tokenizer.encode_batch(["Hello"], add_special_tokens=True) == [[0, *plain]]
     assert tokenizer.decode([0, *plain, 1]) == "Hello"
     without = Tokenizer.load(byte_fallback_folder)  # a bos exists, but this post-processor adds none

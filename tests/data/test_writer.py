@@ -146,11 +146,13 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 
 
 ROWS = st.lists(
-    st.fixed_dictionaries({
-        "t": st.none() | st.text(max_size=5),
-        "n": st.none() | st.integers(-5, 5),
-        "l": st.none() | st.lists(st.none() | st.fixed_dictionaries({"a": st.none() | st.booleans()}), max_size=3),
-    }),
+    st.fixed_dictionaries(
+        {
+            "t": st.none() | st.text(max_size=5),
+            "n": st.none() | st.integers(-5, 5),
+            "l": st.none() | st.lists(st.none() | st.fixed_dictionaries({"a": st.none() | st.booleans()}), max_size=3),
+        }
+    ),
     max_size=12,
 )
 SCHEMA = pa.schema([("t", pa.string()), ("n", pa.int64()), ("l", pa.list_(pa.struct([("a", pa.bool_())])))])
@@ -219,16 +221,18 @@ def test_hash_ignores_dictionaries_and_sees_types_names_and_nulls() -> None:
 
 def test_hash_is_fast() -> None:
     rows = 100_000
-    table = pa.table({
-        "a": [f"prompt number {i} of many" for i in range(rows)],
-        "b": range(rows),
-        "c": [None if i % 7 == 0 else f"{i}" for i in range(rows)],
-        "d": [[i, i + 1] for i in range(rows)],
-        "e": [{"x": i, "y": "z"} for i in range(rows)],
-        "f": [i * 0.5 for i in range(rows)],
-        "g": pa.array([f"{i % 9}" for i in range(rows)]).dictionary_encode(),
-        "h": [datetime.date(2024, 1, 1 + i % 28) for i in range(rows)],
-    })
+    table = pa.table(
+        {
+            "a": [f"prompt number {i} of many" for i in range(rows)],
+            "b": range(rows),
+            "c": [None if i % 7 == 0 else f"{i}" for i in range(rows)],
+            "d": [[i, i + 1] for i in range(rows)],
+            "e": [{"x": i, "y": "z"} for i in range(rows)],
+            "f": [i * 0.5 for i in range(rows)],
+            "g": pa.array([f"{i % 9}" for i in range(rows)]).dictionary_encode(),
+            "h": [datetime.date(2024, 1, 1 + i % 28) for i in range(rows)],
+        }
+    )
     started = time.perf_counter()
     logical_hash(table)
     assert time.perf_counter() - started < 1.5

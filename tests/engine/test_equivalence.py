@@ -75,8 +75,13 @@ def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path, runner: Mod
         prompt = torch.tensor([request.prompt_token_ids])
         new = request.sampling.max_tokens
         whole = oracle.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert completions[request.request_id] == whole[0, prompt.shape[1] :].tolist()
 

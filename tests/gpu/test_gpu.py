@@ -25,7 +25,9 @@ def test_greedy_tokens_of_the_tiny_model_are_those_of_the_cpu(tmp_path: Path) ->
 
 def test_sampled_rows_do_not_depend_on_the_batch_up_to_near_ties(tmp_path: Path) -> None:
     for name, seqs in (("wide", 64), ("narrow", 5)):
-        result = batchinfer(*REQUEST, "hw=h200x1", "sampling.temperature=0.8", f"engine.max_num_seqs={seqs}", f"output.dir={tmp_path / name}")
+        result = batchinfer(
+            *REQUEST, "hw=h200x1", "sampling.temperature=0.8", f"engine.max_num_seqs={seqs}", f"output.dir={tmp_path / name}"
+        )
         assert result.returncode == 0, result.stdout + result.stderr
     wide, narrow = texts(tmp_path / "wide"), texts(tmp_path / "narrow")
     assert sum(wide[key] != narrow[key] for key in wide) <= 2

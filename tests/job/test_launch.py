@@ -30,8 +30,15 @@ from batchinfer.job.rundir import RunDir
 
 GOLDEN = Path(__file__).parent / "golden.sbatch"
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}  # what the config insists on
-A100 = {"gpu": "a100-80gb", "gpus_per_node": 4, "tensor_parallel": 2, "cpus_per_gpu": 8, "mem_gb": 240,
-        "modules": ["cuda/12.8"], "env": {"NCCL_DEBUG": "WARN"}}  # fmt: skip
+A100 = {
+    "gpu": "a100-80gb",
+    "gpus_per_node": 4,
+    "tensor_parallel": 2,
+    "cpus_per_gpu": 8,
+    "mem_gb": 240,
+    "modules": ["cuda/12.8"],
+    "env": {"NCCL_DEBUG": "WARN"},
+}
 
 WORKER = """
     import json, sys, time
@@ -176,8 +183,15 @@ def slurm_config(**launcher: Any) -> Config:
 
 def test_golden_sbatch(tmp_path: Path, cluster: Path) -> None:
     run_dir = make_run(tmp_path)
-    config = slurm_config(nodes=3, array_parallelism=2, partition="gpu", account="proj", reservation="maint",
-                          setup=["source env.sh"], extra={"comment": "batch", "exclusive": True})  # fmt: skip
+    config = slurm_config(
+        nodes=3,
+        array_parallelism=2,
+        partition="gpu",
+        account="proj",
+        reservation="maint",
+        setup=["source env.sh"],
+        extra={"comment": "batch", "exclusive": True},
+    )
     assert run_job(run_dir, config) == 0
     text = (run_dir.submissions / "01" / "123_submission.sh").read_text()
     text = text.replace(str(run_dir.root), "RUN").replace(sys.executable, "PYTHON")
@@ -237,9 +251,7 @@ def test_outer_device_mask_travels_as_data(tmp_path: Path, monkeypatch: pytest.M
         ("inline", 1, "0,1,2,3", "this host shows 0 GPUs"),
     ],
 )
-def test_what_cannot_be_placed(
-    kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_placed(kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "visible_gpus", lambda: [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if mask:

@@ -148,11 +148,17 @@ def test_a_million_rows_are_small_and_load_fast(run_dir: RunDir) -> None:
     assert time.perf_counter() - started < 0.2
 
 
-@pytest.mark.parametrize("name, key", [
-    ("tokenizer.json", "model.tokenizer"), ("tokenizer_config.json", "model.tokenizer"),
-    ("chat_template.jinja", "model.chat_template_file"), ("config.json", "model.config_json"),
-    ("generation_config.json", "model.config_json"), ("model-2.safetensors", "model.weights_headers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("tokenizer.json", "model.tokenizer"),
+        ("tokenizer_config.json", "model.tokenizer"),
+        ("chat_template.jinja", "model.chat_template_file"),
+        ("config.json", "model.config_json"),
+        ("generation_config.json", "model.config_json"),
+        ("model-2.safetensors", "model.weights_headers"),
+    ],
+)
 def test_each_file_of_a_checkpoint_changes_its_own_digest(checkpoint: Path, name: str, key: str) -> None:
     before = checkpoint_digests(checkpoint)
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes() + b" ")

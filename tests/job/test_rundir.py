@@ -44,8 +44,18 @@ def test_names_and_their_parsers_agree(run_dir: RunDir, unit: int, number: int) 
     assert parse_claim(run_dir.claim(unit, number).name) == (unit, number)
 
 
-OTHER_NAMES = ["42.0.parquet", "0000042.0.parquet", "000042.00.parquet", "000042.0.parquet.tmp", ".000042.0.parquet",
-               "000042.parquet", "000042.0.json", "a", "\u0660\u0660\u0660\u0660\u0664\u0662.0.parquet", "000042.0.parquet\n"]
+OTHER_NAMES = [
+    "42.0.parquet",
+    "0000042.0.parquet",
+    "000042.00.parquet",
+    "000042.0.parquet.tmp",
+    ".000042.0.parquet",
+    "000042.parquet",
+    "000042.0.json",
+    "a",
+    "\u0660\u0660\u0660\u0660\u0664\u0662.0.parquet",
+    "000042.0.parquet\n",
+]
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)

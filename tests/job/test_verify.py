@@ -33,11 +33,19 @@ def write_inputs(folder: Path, word: str = "prompt") -> None:
 
 def config_of(data: Path) -> Config:
     source = {"prompt_column": "prompt", "paths": [str(data)]}
-    return from_dict({"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}})
+    return from_dict(
+        {"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}}
+    )
 
 
-def commit(run_dir: RunDir, unit: int, generation: int = 0, keys: Callable[[Keys], Keys] = list,
-           change: Callable[[pa.Table], pa.Table] = lambda table: table, said: dict[str, Any] | None = None) -> None:  # fmt: skip
+def commit(
+    run_dir: RunDir,
+    unit: int,
+    generation: int = 0,
+    keys: Callable[[Keys], Keys] = list,
+    change: Callable[[pa.Table], pa.Table] = lambda table: table,
+    said: dict[str, Any] | None = None,
+) -> None:
     """Commits a unit as a replica does, or with something wrong in it."""
     manifest = Manifest.load(run_dir)
     root, output = Path(manifest.input_root), manifest.config.output
@@ -126,16 +134,21 @@ def pq_equal(path: Path, whole: bytes, run_dir: RunDir) -> bool:
         return False
 
 
-@pytest.mark.parametrize("keys, problem", [
-    (lambda k: [*k[:1], k[0], *k[2:]], ["row 5 of shard a.parquet appears twice", "row 6 of shard a.parquet is missing"]),
-    (lambda k: k[:-1], ["row 1 of shard b.parquet is missing"]),
-    (lambda k: k[:1], ["row 6 of shard a.parquet is missing (and so for 3 more rows)"]),
-    (lambda k: [*k, k[-1]], ["row 1 of shard b.parquet appears twice"]),
-    (lambda k: [k[0], k[2], k[1], *k[3:]], ["row 7 of shard a.parquet is out of order (and so for 1 more rows)"]),
-    (lambda k: [*k, ("b.parquet", 2)], ["row 2 of shard b.parquet does not belong to this unit"]),
-    (lambda k: [("a.parquet", 9), *k[1:]], ["row 5 of shard a.parquet is missing",
-                                            "row 9 of shard a.parquet does not belong to this unit"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, problem",
+    [
+        (lambda k: [*k[:1], k[0], *k[2:]], ["row 5 of shard a.parquet appears twice", "row 6 of shard a.parquet is missing"]),
+        (lambda k: k[:-1], ["row 1 of shard b.parquet is missing"]),
+        (lambda k: k[:1], ["row 6 of shard a.parquet is missing (and so for 3 more rows)"]),
+        (lambda k: [*k, k[-1]], ["row 1 of shard b.parquet appears twice"]),
+        (lambda k: [k[0], k[2], k[1], *k[3:]], ["row 7 of shard a.parquet is out of order (and so for 1 more rows)"]),
+        (lambda k: [*k, ("b.parquet", 2)], ["row 2 of shard b.parquet does not belong to this unit"]),
+        (
+            lambda k: [("a.parquet", 9), *k[1:]],
+            ["row 5 of shard a.parquet is missing", "row 9 of shard a.parquet does not belong to this unit"],
+        ),
+    ],
+)
 def test_the_row_at_fault_is_named(done: RunDir, keys: Callable[[Keys], Keys], problem: list[str]) -> None:
     assert recommit(done, 1, keys=keys) == [f"completions/000001.0.parquet: {line}" for line in problem]
 
@@ -161,20 +174,31 @@ def test_input_columns_of_other_rows_are_found(done: RunDir) -> None:
     assert "completions/000002.0.parquet: row 2 of shard b.parquet is missing (and so for 1 more rows)" in problems
 
 
-@pytest.mark.parametrize("change, problem", [
-    (lambda t: t.drop_columns(["our_error"]), "column 'our_error_message: string' stands where 'our_error: string' belongs"),
-    (lambda t: t.drop_columns(["our_step_last"]), "column 'our_step_last: int64' is missing"),
-    (lambda t: t.append_column("more", t["id"]), "column 'more: int16' does not belong"),
-    (lambda t: t.set_column(0, "id", t["id"].cast(pa.int64())), "column 'id: int64' stands where 'id: int16' belongs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda t: t.drop_columns(["our_error"]), "column 'our_error_message: string' stands where 'our_error: string' belongs"),
+        (lambda t: t.drop_columns(["our_step_last"]), "column 'our_step_last: int64' is missing"),
+        (lambda t: t.append_column("more", t["id"]), "column 'more: int16' does not belong"),
+        (lambda t: t.set_column(0, "id", t["id"].cast(pa.int64())), "column 'id: int64' stands where 'id: int16' belongs"),
+    ],
+)
 def test_a_wrong_schema(done: RunDir, change: Callable[[pa.Table], pa.Table], problem: str) -> None:
     assert recommit(done, 1, change=change) == [f"completions/000001.0.parquet: {problem}"]
 
 
-@pytest.mark.parametrize("name, value, right", [
-    ("prompt_tokens", 1, 12), ("completion_tokens", 1, 8), ("rows", 6, 5), ("unit", 2, 1), ("generation", 1, 0),
-    ("schema_version", 0, 1), ("errors", {}, {"null_prompt": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, right",
+    [
+        ("prompt_tokens", 1, 12),
+        ("completion_tokens", 1, 8),
+        ("rows", 6, 5),
+        ("unit", 2, 1),
+        ("generation", 1, 0),
+        ("schema_version", 0, 1),
+        ("errors", {}, {"null_prompt": 1}),
+    ],
+)
 def test_footer_totals(done: RunDir, name: str, value: Any, right: Any) -> None:
     expected = f"completions/000001.0.parquet: its footer says {name} {value}, it should be {right}"
     assert recommit(done, 1, said={name: value}) == [expected]

@@ -14,9 +14,12 @@ from tests.checkpoints import LLAMA, random_model, save_checkpoint
 
 BASE = {**LLAMA, "architectures": ["LlamaForCausalLM"]}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def test_both_spellings_of_rope():

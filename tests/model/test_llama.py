@@ -9,9 +9,13 @@ from tests.checkpoints import save_checkpoint
 from tests.model.oracle import greedy, load, widen
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 VARIANTS = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {},

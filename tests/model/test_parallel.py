@@ -65,8 +65,9 @@ def test_one_rank_has_no_process_group(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-SHAPE = ModelShape("LlamaForCausalLM", vocab_size=5, hidden_size=8, intermediate_size=12, num_layers=1,
-                   num_heads=4, num_kv_heads=2, head_dim=2)  # fmt: skip
+SHAPE = ModelShape(
+    "LlamaForCausalLM", vocab_size=5, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=2
+)
 
 
 @pytest.mark.parametrize(("size", "word"), [(3, "attention heads"), (8, "attention heads")])

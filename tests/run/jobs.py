@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,15 +23,29 @@ def environment() -> dict[str, str]:
 
 def batchinfer(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`python -m batchinfer ...` to its end."""
-    return subprocess.run([sys.executable, "-m", "batchinfer", *map(str, arguments)], env=environment(), cwd=ROOT, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "batchinfer", *map(str, arguments)],
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=timeout,
+    )
 
 
 def start(*arguments: object, log: Path) -> subprocess.Popen[bytes]:
     """The same in the background, in a session of its own; its output is appended to `log`."""
     with log.open("ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "batchinfer", *map(str, arguments)], env=environment(), cwd=ROOT,
-                                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "batchinfer", *map(str, arguments)],
+            env=environment(),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
 
 
 def processes_of(run_dir: Path) -> dict[int, str]:
@@ -51,10 +66,8 @@ def processes_of(run_dir: Path) -> dict[int, str]:
 
 def kill(pids: list[int]) -> None:
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def wait_until_gone(run_dir: Path, seconds: float) -> dict[int, str]:

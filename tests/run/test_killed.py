@@ -10,8 +10,17 @@ import pytest
 
 from tests.run.jobs import batchinfer, kill, processes_of, start, texts, wait_until_gone
 
-REQUEST = ["model.dtype=float64", "sampling.temperature=0.8", "sampling.max_tokens=24", "input.limit=120", "input.rows_per_unit=8",
-           "output.token_ids=true", "engine.max_num_seqs=16", "engine.max_num_batched_tokens=128", "hw=cpu"]  # fmt: skip
+REQUEST = [
+    "model.dtype=float64",
+    "sampling.temperature=0.8",
+    "sampling.max_tokens=24",
+    "input.limit=120",
+    "input.rows_per_unit=8",
+    "output.token_ids=true",
+    "engine.max_num_seqs=16",
+    "engine.max_num_batched_tokens=128",
+    "hw=cpu",
+]
 
 
 @pytest.fixture(scope="module")

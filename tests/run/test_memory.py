@@ -24,9 +24,19 @@ from tests.run.jobs import processes_of, start
 ROWS = 500_000
 GROWTH_MIB = 16  # allowed between the first quarter and the end: 42 bytes a row
 
-STUB = {"architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+STUB = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 class Sample(NamedTuple):
@@ -36,7 +46,10 @@ class Sample(NamedTuple):
 
 
 def role(command: str) -> str:
-    for word, name in (("batchinfer.worker", "torchrun" if "torch.distributed" in command else "worker"), ("submitit", "submitit job")):
+    for word, name in (
+        ("batchinfer.worker", "torchrun" if "torch.distributed" in command else "worker"),
+        ("submitit", "submitit job"),
+    ):
         if word in command:
             return name
     return "launcher"
@@ -53,15 +66,31 @@ def resident_mib(pid: int) -> float:
 @pytest.mark.timeout(1800)
 def test_resident_memory_is_flat_over_half_a_million_rows(tmp_path: Path) -> None:
     """MEMORY_PLOT=docs/memory.png also draws the curves."""
-    table = pa.table({"ids": pa.array([[3 + k % 500, 4, 5 + k % 7] for k in range(ROWS)], pa.list_(pa.int32())),
-                      "ballast": [f"{k:064d}" for k in range(ROWS)]})  # fmt: skip
+    table = pa.table(
+        {
+            "ids": pa.array([[3 + k % 500, 4, 5 + k % 7] for k in range(ROWS)], pa.list_(pa.int32())),
+            "ballast": [f"{k:064d}" for k in range(ROWS)],
+        }
+    )
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=ROWS)
     run_dir = tmp_path / "run"
     architecture = json.dumps(STUB).replace('"', "").replace(" ", "")
-    job = start("model=llama7b", "model.load_format=random", f"model.architecture={architecture}", "model.dtype=float32", "hw=cpu",
-                "hw.cpus_per_gpu=1", "input=parquet", f"input.paths=[{tmp_path}/in.parquet]", "input.token_ids_column=ids",
-                "sampling.max_tokens=2", "output.token_ids=true", "launcher=local", f"output.dir={run_dir}",
-                log=tmp_path / "log")  # fmt: skip
+    job = start(
+        "model=llama7b",
+        "model.load_format=random",
+        f"model.architecture={architecture}",
+        "model.dtype=float32",
+        "hw=cpu",
+        "hw.cpus_per_gpu=1",
+        "input=parquet",
+        f"input.paths=[{tmp_path}/in.parquet]",
+        "input.token_ids_column=ids",
+        "sampling.max_tokens=2",
+        "output.token_ids=true",
+        "launcher=local",
+        f"output.dir={run_dir}",
+        log=tmp_path / "log",
+    )
     samples = watch(job, run_dir)
     assert job.returncode == 0, (tmp_path / "log").read_text()
     assert verify(RunDir(run_dir)) == []
