@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from batchinfer.publish import replace_bytes
 from batchinfer.stats import QUANTILES, segments
 
 SAMPLES, SAMPLE_CHARS = 3, 200
+Span = tuple[float, float]  # a replica's first step's start and last step's end
 STEP_COLUMNS = ["started", "duration_s", "steps", "prefill_seqs", "decode_seqs", "preempted", "kv_blocks_used", "kv_blocks_total"]
 
 
@@ -132,8 +133,8 @@ def _floats(column: Any) -> np.ndarray[Any, Any]:
 
 
 def _steps(run_dir: RunDir) -> dict[str, Any]:
-    """`wall_s` is first step to last, summed over submissions: the pause before a resume is not work."""
-    spans: dict[str, tuple[float, float]] = {}  # replica -> first start, last end
+    """`wall_s` is first step to last, without the pauses between submissions: the time before a resume is not work."""
+    spans: dict[str, Span] = {}
     sums: Counter[str] = Counter()
     kv_peak = 0.0
     for replica, number in segments(run_dir):
@@ -163,23 +164,32 @@ def _read_steps(path: Path) -> Any:
         raise DamagedFile(f"{path}: not a whole segment of statistics ({error}); move it away, no row depends on it") from error
 
 
-def _by_submission(spans: Mapping[str, tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
-    groups: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+def _stretches(spans: Mapping[str, Span]) -> list[list[Span]]:
+    """The replicas' spans, parted where the run stood still between submissions. Invocations that overlap are one stretch."""
+    submissions: dict[str, list[Span]] = defaultdict(list)
     for replica, span in spans.items():
-        groups[replica.split("-")[0]].append(span)
-    return groups
+        submissions[replica.split("-")[0]].append(span)
+    stretches: list[list[Span]] = []
+    for group in sorted(submissions.values(), key=min):
+        if stretches and min(group)[0] <= _end(stretches[-1]):
+            stretches[-1] += group
+        else:
+            stretches.append(group)
+    return stretches
 
 
-def _wall(spans: Mapping[str, tuple[float, float]]) -> float:
-    groups = _by_submission(spans).values()
-    return float(sum(max(end for _, end in group) - min(start for start, _ in group) for group in groups))
+def _end(stretch: Sequence[Span]) -> float:
+    return max(end for _, end in stretch)
 
 
-def _tail(spans: Mapping[str, tuple[float, float]]) -> float:
-    """From the first replica of the last submission with nothing left to do, to the end."""
-    groups = _by_submission(spans)
-    ends = [end for _, end in groups[max(groups)]] if groups else [0.0]
-    return float(max(ends) - min(ends))
+def _wall(spans: Mapping[str, Span]) -> float:
+    return float(sum(_end(stretch) - min(stretch)[0] for stretch in _stretches(spans)))
+
+
+def _tail(spans: Mapping[str, Span]) -> float:
+    """From the first replica of the last stretch with nothing left to do, to the end."""
+    stretches = _stretches(spans)
+    return float(_end(stretches[-1]) - min(end for _, end in stretches[-1])) if stretches else 0.0
 
 
 def _replicas(run_dir: RunDir) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
 from batchinfer.engine.sequence import StepStats
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
-from batchinfer.report import LogHistogram, report, summarise
+from batchinfer.report import LogHistogram, _tail, _wall, report, summarise
 from batchinfer.stats import StepRecorder
 
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}
@@ -81,6 +81,20 @@ def run_dir(tmp_path: Path) -> RunDir:
             )
         recorder.flush()
     return run_dir
+
+
+@pytest.mark.parametrize(
+    ("spans", "wall", "tail"),
+    [
+        ({}, 0, 0),
+        ({"01-0-0": (0, 10), "01-0-1": (1, 7)}, 10, 3),
+        ({"01-0-0": (0, 10), "02-0-0": (100, 105)}, 15, 0),  # resumed after a pause
+        ({"01-0-0": (0, 10), "02-0-0": (2, 12)}, 12, 2),  # two invocations at once
+        ({"01-0-0": (0, 10), "02-0-0": (2, 12), "03-0-0": (11, 13), "04-0-0": (20, 21)}, 14, 0),
+    ],
+)
+def test_time_is_counted_once_and_pauses_not_at_all(spans: dict, wall: float, tail: float) -> None:
+    assert (_wall(spans), _tail(spans)) == (wall, tail)
 
 
 def test_summary(run_dir: RunDir) -> None:

@@ -135,9 +135,14 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
 
 
 def _cores_per_rank(config: Config, kind: str) -> int | None:
-    """Local jobs share this host; what a SLURM job gets it sees only when it runs."""
+    """Local jobs share this host, unless OMP_NUM_THREADS says what they may use; what a SLURM job gets it sees when it runs."""
+    if kind == "slurm":
+        return None
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     ranks = config.launcher.nodes * config.hw.gpus_per_node
-    return None if kind == "slurm" else max(1, hardware.usable_cores() // ranks)
+    return max(1, hardware.usable_cores() // ranks)
 
 
 def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob, logs: LogFollower | None) -> int:
