@@ -48,7 +48,7 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     number, folder = run_dir.new_submission()
     logs = LogFollower(run_dir, number) if config.verbose else None
     jobs = make_jobs(run_dir, number, config, kind, command)
-    with _sigterm_interrupts():
+    with _stop_signals_interrupt(kind):
         if kind == "inline":
             return _run_inline(run_dir, config, folder, jobs[0], logs)
         _write_submission(folder, kind, [], config)  # before the jobs, which read their config there
@@ -274,7 +274,12 @@ def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Confi
     replace_bytes(folder / "submission.json", json.dumps(record, indent=1).encode(), durable=True)
 
 
-def _sigterm_interrupts() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM and the end of the terminal stop the jobs as Ctrl-C does, instead of leaving them behind."""
-    wanted = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+def _stop_signals_interrupt(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Whatever is meant to stop this process stops the jobs as Ctrl-C does, instead of leaving them behind."""
+    wanted = [signum for signum in stop_signals(kind) if signal.getsignal(signum) is not signal.SIG_IGN]
     return handled(wanted, signal.default_int_handler)
+
+
+def stop_signals(kind: str) -> tuple[int, ...]:
+    """Jobs under SLURM outlive a lost connection (SIGHUP); nothing else does on this host, where they would run unseen."""
+    return tuple(signum for signum in STOP_SIGNALS if kind != "slurm" or signum != signal.SIGHUP)

@@ -22,7 +22,7 @@ from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import RowRange, Shard
-from batchinfer.job.launch import cancel_jobs, check_placeable, make_jobs, resolve_kind, run_job
+from batchinfer.job.launch import cancel_jobs, check_placeable, make_jobs, resolve_kind, run_job, stop_signals
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import marked
 from batchinfer.job.replica import mark_of_job
@@ -264,3 +264,8 @@ def test_control_plane_does_not_import_torch() -> None:
     modules = "batchinfer.job.launch, batchinfer.display, batchinfer.report, batchinfer.stats"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_lost_connection_leaves_slurm_jobs_alone() -> None:
+    assert signal.SIGHUP in stop_signals("local") and signal.SIGHUP in stop_signals("inline")
+    assert set(stop_signals("slurm")) == {signal.SIGINT, signal.SIGTERM}
