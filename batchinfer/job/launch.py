@@ -158,7 +158,7 @@ def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob, log
         ended.set()
         watching.join()
     if code == STOPPED and not run_dir.is_cancelled(job.submission):
-        return _interrupted(run_dir)
+        return _interrupted(run_dir, config)
     return _finish(run_dir, config)
 
 
@@ -189,7 +189,7 @@ def _wait(run_dir: RunDir, config: Config, placed: Placed, logs: LogFollower | N
             _stop(placed)
         except KeyboardInterrupt:
             placed.kill()
-        return _interrupted(run_dir)
+        return _interrupted(run_dir, config)
 
 
 def _settle(placed: Placed) -> None:
@@ -210,7 +210,9 @@ def _stop(placed: Placed) -> None:
         placed.kill()
 
 
-def _interrupted(run_dir: RunDir) -> int:
+def _interrupted(run_dir: RunDir, config: Config) -> int:
+    if is_complete(run_dir):  # it came too late to stop anything
+        return _finish(run_dir, config)
     print(f"interrupted; finish it with: python -m batchinfer resume {run_dir.root}", file=sys.stderr, flush=True)
     return INTERRUPTED
 
