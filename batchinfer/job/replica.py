@@ -27,6 +27,8 @@ from batchinfer.publish import replace_bytes
 
 DONE, FAILED, STOPPED = 0, 1, 3  # exit codes of a worker, and of a job
 TAIL_BYTES = 65536
+SENTENCE = "batchinfer: "  # begins the line in which a worker says why it fails
+TRACEBACK = "Traceback (most recent call last):"
 RANK_LINE = re.compile(r"^\[rank(\d+)\]: ?(.*)$")
 ROOT_RANK = re.compile(r"^ *rank +: (\d+) \(local_rank", re.MULTILINE)
 ROOT_EXIT = re.compile(r"^ *exitcode +: (-?\d+)", re.MULTILINE)
@@ -174,11 +176,14 @@ def read_death(run_dir: RunDir, name: str) -> Death | None:
 
 
 def last_words(log: str) -> str | None:
-    """The last line that the rank which failed first wrote; without ranks (torchrun itself failed) the last line of all."""
+    """What the rank that failed first said last: its own sentence, else its last line; without ranks (torchrun itself
+    failed) the last line of all."""
     roots = ROOT_RANK.findall(log)
     said = [match for match in map(RANK_LINE.match, log.splitlines()) if match]
     lines = [match[2] for match in said if not roots or match[1] == roots[-1]] or (log.splitlines() if not said else [])
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+    ended = [line.strip() for line in reversed(lines) if line.strip() and line.strip() != TRACEBACK]  # a full disk cuts logs
+    sentences = [line.removeprefix(SENTENCE) for line in ended if line.startswith(SENTENCE)]
+    return next(iter(sentences or ended), None)
 
 
 def _describe_exit(code: int) -> str:

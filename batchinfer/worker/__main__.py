@@ -2,7 +2,7 @@
 
 Rank 0 owns claims, rows, tokenizer, scheduler and commits; the other ranks only follow its batches. The worker knows
 neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do; 3: it was asked to stop
-(SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, with one sentence as the last line of stderr.
+(SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, and said why in a line that begins `batchinfer:`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from pathlib import Path
 import torch
 
 from batchinfer.config import Config, ConfigError, from_dict
-from batchinfer.engine.engine import Engine, build_engine, serve
+from batchinfer.engine.engine import build_engine, serve
 from batchinfer.engine.model_runner import build_runner
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
+from batchinfer.job.replica import DONE, FAILED, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
-from batchinfer.stats import GpuSampler, StepRecorder
 from batchinfer.worker.progress import Progress
-from batchinfer.worker.replica import Replica, process_age
+from batchinfer.worker.replica import Assignment, Replica, process_age
 
 log = logging.getLogger(__name__)
-
-DONE, FAILED, STOPPED = 0, 1, 3
 
 
 @dataclass(frozen=True)
@@ -76,21 +74,12 @@ def choose_device(config: Config) -> torch.device:
 def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, device: torch.device) -> int:
     """Rank 0: from an empty process to the last commit. Returns the exit code."""
     name = arguments.replica or arguments.run_dir.new_replica("hand")
+    assignment = Assignment(arguments.run_dir, manifest, config, name, arguments.submission)
     progress = Progress(arguments.run_dir, name)
     progress.phases["import"] = process_age()
     progress.start()
     try:
-        progress.enter("loading")
-        shape = load_shape(config.model)
-        engine = build_engine(config, shape, parallel, device)
-        progress.phases |= engine.phases | {"ready": process_age()}
-        recorder = StepRecorder(
-            arguments.run_dir, name, config.stats_every, GpuSampler.start() if device.type == "cuda" else None
-        )
-        try:
-            complete = work(arguments, manifest, config, name, engine, recorder, progress, shape.vocab_size)
-        finally:
-            engine.close()
+        complete = work(assignment, parallel, device, progress)
         progress.enter("done" if complete else "stopped")
         return DONE if complete else STOPPED
     except BaseException as error:
@@ -100,31 +89,19 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
         progress.close()
 
 
-def work(
-    arguments: Arguments,
-    manifest: Manifest,
-    config: Config,
-    name: str,
-    engine: Engine,
-    recorder: StepRecorder,
-    progress: Progress,
-    vocab_size: int,
-) -> bool:
-    replica = Replica(
-        arguments.run_dir,
-        manifest,
-        config,
-        name,
-        arguments.submission,
-        engine,
-        recorder,
-        progress,
-        engine.max_model_len,
-        vocab_size,
-    )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: replica.stop())
-    return replica.run()
+def work(assignment: Assignment, parallel: TensorParallel, device: torch.device, progress: Progress) -> bool:
+    """Loads the model and runs units through it. True when the run is complete."""
+    progress.enter("loading")
+    shape = load_shape(assignment.config.model)
+    engine = build_engine(assignment.config, shape, parallel, device)
+    progress.phases |= engine.phases | {"ready": process_age()}
+    try:
+        replica = Replica(assignment, shape, engine, progress)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: replica.stop())
+        return replica.run()
+    finally:
+        engine.close()
 
 
 def follow(config: Config, parallel: TensorParallel, device: torch.device) -> int:
@@ -155,8 +132,8 @@ def main(argv: list[str]) -> int:
         parallel.close()
         return code
     except Exception as error:
+        print(f"{SENTENCE}{sentence(error)}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
         traceback.print_exc()
-        print(f"batchinfer: {sentence(error)}", file=sys.stderr, flush=True)
         return FAILED
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
 from batchinfer.job.rundir import RunDir
-from batchinfer.stats import StepRecorder
+from batchinfer.model.config import ModelShape
+from batchinfer.stats import GpuSampler, StepRecorder
 from batchinfer.worker.pipeline import CompletionSink, RequestSource
 from batchinfer.worker.progress import Progress
 
@@ -56,34 +58,35 @@ class Background:
             raise self._error
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What a replica is told: the run, its own name in it, and the settings of the submission that started it."""
+
+    run_dir: RunDir
+    manifest: Manifest
+    config: Config
+    name: str
+    submission: int | None  # None: started by hand
+
+
 class Replica:
     """Runs units of one run through one engine until none is left, or until it is told to stop."""
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        manifest: Manifest,
-        config: Config,
-        name: str,
-        submission: int | None,
-        engine: Engine,
-        recorder: StepRecorder,
-        progress: Progress,
-        max_model_len: int,
-        vocab_size: int,
-    ):
-        self._run_dir, self._manifest, self._config, self._submission = run_dir, manifest, config, submission
-        self._engine, self._recorder, self._progress = engine, recorder, progress
+    def __init__(self, assignment: Assignment, shape: ModelShape, engine: Engine, progress: Progress) -> None:
+        run_dir, manifest, config = assignment.run_dir, assignment.manifest, assignment.config
+        self._assignment, self._engine, self._progress = assignment, engine, progress
         self._weights = Background(self._check_weights, "weights-hash")
-        self._board = ClaimBoard(run_dir, len(manifest.units), Identity.here(name), config.engine.stall_timeout_s)
+        self._recorder = StepRecorder(run_dir, assignment.name, config.stats_every, GpuSampler.start() if config.hw.gpu else None)
+        identity = Identity.here(assignment.name)
+        self._board = ClaimBoard(run_dir, len(manifest.units), identity, config.engine.stall_timeout_s)
         root = input_root(manifest, config)
         schema = input_schema(manifest, root)
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
         tokenizer = load_tokenizer(config)
         template = ChatTemplate.load(config.model.path, config.model.chat_template)
-        builder = PromptBuilder(config, tokenizer, template, max_model_len, vocab_size)
+        builder = PromptBuilder(config, tokenizer, template, engine.max_model_len, shape.vocab_size)
         self._source = RequestSource(manifest, self._board, reader, builder, window=2 * config.engine.max_num_seqs)
-        self._sink = CompletionSink(run_dir, manifest, config, name, tokenizer, schema, self._before_commit)
+        self._sink = CompletionSink(run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit)
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
         self._looked_for_cancel = time.monotonic()
@@ -125,7 +128,7 @@ class Replica:
 
     def _admit(self) -> None:
         """Keeps the engine full and a few sequences waiting, so that its scheduler can fill every step."""
-        limit = self._config.engine.max_num_seqs
+        limit = self._assignment.config.engine.max_num_seqs
         ahead = max(8, limit // 4, limit - self._engine.num_running)
         while self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
             request = self._sink.admit(row)
@@ -136,10 +139,10 @@ class Replica:
         return self._source.finished and not self._engine.has_work() and self._sink.idle
 
     def _look_for_cancel(self) -> None:
-        now = time.monotonic()
-        if self._submission is not None and now - self._looked_for_cancel > CANCEL_INTERVAL_S:
+        now, submission = time.monotonic(), self._assignment.submission
+        if submission is not None and now - self._looked_for_cancel > CANCEL_INTERVAL_S:
             self._looked_for_cancel = now
-            if self._run_dir.is_cancelled(self._submission):
+            if self._assignment.run_dir.is_cancelled(submission):
                 log.info("the run was cancelled")
                 self.stop()
 
@@ -157,8 +160,9 @@ class Replica:
         self._progress.tick()
 
     def _check_weights(self) -> None:
-        if self._config.model.load_format == "safetensors" and self._config.model.path:
-            check_weights(self._run_dir, hash_weights(Path(self._config.model.path)))
+        model = self._assignment.config.model
+        if model.load_format == "safetensors" and model.path:
+            check_weights(self._assignment.run_dir, hash_weights(model.path))
 
     def _gauges(self) -> dict[str, Any]:
         totals, engine = self._sink.totals, self._engine

@@ -226,6 +226,9 @@ def test_last_words_prefer_the_rank_that_failed_first() -> None:
     assert last_words(log) == "out of memory"
     assert last_words("torchrun: no such module\n\n") == "torchrun: no such module"
     assert last_words("") is None
+    told = "[rank0]:batchinfer: the disk is full\n[rank0]:Traceback (most recent call last):\n[rank0]:  File x\n"
+    assert last_words(told) == "the disk is full"
+    assert last_words("[rank0]:loaded\n[rank0]:Traceback (most recent call last):\n") == "loaded"
 
 
 def test_footer_of_the_fake_is_the_real_one() -> None:
