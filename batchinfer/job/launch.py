@@ -93,8 +93,8 @@ def check_placeable(kind: str, config: Config) -> None:
         )
     elif hw.gpu is not None and len(hardware.visible_gpus()) < hw.gpus_per_node:
         raise ConfigError(
-            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: this host shows {len(hardware.visible_gpus())} GPUs, and "
-            f"launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm"
+            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most {len(hardware.visible_gpus())}, the GPUs that this host "
+            f"shows, as launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm"
         )
 
 

@@ -247,8 +247,8 @@ def test_outer_device_mask_travels_as_data(tmp_path: Path, monkeypatch: pytest.M
         ("local", 2, None, "would share this host's GPUs"),
         ("inline", 2, None, "in this process"),
         ("local", 1, "0,1", "DEVICES=0,1"),
-        ("local", 1, None, "this host shows 0 GPUs"),
-        ("inline", 1, "0,1,2,3", "this host shows 0 GPUs"),
+        ("local", 1, None, "must be at most 0, the GPUs that this host shows"),
+        ("inline", 1, "0,1,2,3", "must be at most 0, the GPUs that this host shows"),
     ],
 )
 def test_what_cannot_be_placed(kind: str, nodes: int, mask: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
