@@ -91,10 +91,10 @@ def check_placeable(kind: str, config: Config) -> None:
         raise ConfigError(
             f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most the number of devices in CUDA_VISIBLE_DEVICES={mask}"
         )
-    elif hw.gpu is not None and len(hardware.visible_gpus()) < hw.gpus_per_node:
+    elif hw.gpu is not None and (count := len(hardware.visible_gpus())) < hw.gpus_per_node:
         raise ConfigError(
-            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most {len(hardware.visible_gpus())}, the GPUs that this host "
-            f"shows, as launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm"
+            f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most {count}, the GPUs that this host shows, as "
+            f"launcher.kind={kind} runs here; choose hw=auto, hw=cpu or launcher=slurm"
         )
 
 
