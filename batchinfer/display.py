@@ -17,6 +17,7 @@ from typing import Any
 
 from batchinfer.data.schema import UnitFooter, num_rows
 from batchinfer.data.writer import read_footer
+from batchinfer.job.claims import Identity
 from batchinfer.job.logs import LogFollower
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, read_death, read_progress
@@ -25,7 +26,7 @@ from batchinfer.job.rundir import RunDir
 POLL_S = 0.5
 LINE_EVERY_S = 10.0
 SILENT_AFTER_S = 60.0  # a replica whose heartbeat stands still for so long is left out of the rates
-ENDED = ("done", "failed", "stopped")
+ENDED = ("done", "failed", "stopped", "killed")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ReplicaView:
     progress: dict[str, Any]
     age_s: float
     death: Death | None
+    is_gone: bool = False  # its process is, as far as this host can see
 
     @property
     def is_working(self) -> bool:
@@ -43,7 +45,10 @@ class ReplicaView:
 
     @property
     def phase(self) -> str:
-        return "died" if self.death else str(self.progress.get("phase", "starting"))
+        if self.death:
+            return "died"
+        phase = str(self.progress.get("phase", "starting"))
+        return "killed" if self.is_gone and phase not in ENDED else phase
 
     def number(self, key: str) -> float:
         return float(self.progress.get(key) or 0)
@@ -98,6 +103,7 @@ class RunView:
         self._run_dir, self._clock = run_dir, clock
         self._rows_total, self._units_total = sum(map(num_rows, manifest.units)), len(manifest.units)
         self._footers: dict[int, UnitFooter] = {}
+        self._here = Identity.here("observer")
         self._beats: dict[str, tuple[Any, float]] = {}  # replica -> heartbeat, and our clock when it was first seen
 
     def look(self) -> Snapshot:
@@ -133,7 +139,9 @@ class RunView:
             self._beats[name] = (beat, now - self._age_of_file(name))
         elif self._beats[name][0] != beat:
             self._beats[name] = (beat, now)
-        return ReplicaView(name, progress, now - self._beats[name][1], read_death(self._run_dir, name))
+        process = progress.get("process")
+        is_gone = process is not None and Identity(**process).is_dead_beside(self._here)
+        return ReplicaView(name, progress, now - self._beats[name][1], read_death(self._run_dir, name), is_gone)
 
     def _age_of_file(self, name: str) -> float:
         progress = self._run_dir.progress(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from batchinfer.config import from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
 from batchinfer.display import RunView, _picture, duration, line, status, watch
+from batchinfer.job.claims import Identity
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, write_death
 from batchinfer.job.rundir import RunDir
@@ -88,6 +90,20 @@ def test_heartbeat_age_is_by_the_observers_clock(run_dir: RunDir) -> None:
     assert view.look().replicas[0].age_s == 0
     now = 120.0
     assert view.look().working == [], "silent for too long to count"
+
+
+def test_a_replica_whose_process_is_gone_is_called_killed(run_dir: RunDir) -> None:
+    here = dataclasses.asdict(Identity.here("01-0-0"))
+    for name, phase, process in (
+        ("01-0-0", "running", here),
+        ("01-0-1", "running", {**here, "started": here["started"] - 1}),  # the pid is another process's by now
+        ("01-0-2", "done", {**here, "started": here["started"] - 1}),
+        ("01-0-3", "running", {**here, "started": 0, "host": "elsewhere"}),  # nobody can tell from here
+    ):
+        say(run_dir, name, beat=1, phase=phase, process=process)
+    snapshot = RunView(run_dir).look()
+    assert [replica.phase for replica in snapshot.replicas] == ["running", "killed", "done", "running"]
+    assert [replica.name for replica in snapshot.working] == ["01-0-0", "01-0-3"]
 
 
 def test_status_prints_once(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,14 @@ still there even while its process lives, and others may then take over its clai
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from batchinfer.job.claims import Identity
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import replace_bytes
 
@@ -23,6 +25,7 @@ class Progress:
 
     def __init__(self, run_dir: RunDir, replica: str):
         self._path = run_dir.progress(replica)
+        self._process = dataclasses.asdict(Identity.here(replica))  # so that watchers of this host see its end at once
         self._beat = 0
         self._phase = "starting"
         self._error: str | None = None
@@ -68,6 +71,7 @@ class Progress:
                 "phase": self._phase,
                 "error": self._error,
                 "phases": self.phases,
+                "process": self._process,
                 **gauges,
                 **self._rates.update(gauges),
                 "updated": time.time(),
