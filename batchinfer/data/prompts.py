@@ -18,6 +18,7 @@ from batchinfer.config import Config, ConfigError, SamplingConfig
 from batchinfer.data.chat import ChatTemplate, PromptTemplate
 from batchinfer.data.columns import check_columns, columns_needed, columns_to_read
 from batchinfer.data.sampling import BadSampling, row_sampling, to_params
+from batchinfer.data.schema import ERROR_CODES
 from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.engine.sequence import SamplingParams
 
@@ -46,6 +47,7 @@ class RowError(Exception):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
+        assert code in ERROR_CODES
         self.code = code
 
 

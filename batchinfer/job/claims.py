@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchinfer.job.process import boot_id, start_time
 from batchinfer.job.rundir import RunDir, parse_claim
 from batchinfer.publish import Published, publish_bytes
 
@@ -38,15 +39,14 @@ class Identity:
     @classmethod
     def here(cls, replica: str) -> Identity:
         pid = os.getpid()
-        started = _start_time(pid)
+        started = start_time(pid)
         assert started is not None, "this process is alive"
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return cls(replica, socket.gethostname(), pid, started, boot, os.readlink("/proc/self/ns/pid"))
+        return cls(replica, socket.gethostname(), pid, started, boot_id(), os.readlink("/proc/self/ns/pid"))
 
     def is_dead_beside(self, observer: Identity) -> bool:
         """Whether the process is surely gone, as far as `observer` can see: only on the same boot of the same host."""
         same_place = (self.host, self.boot, self.pid_namespace) == (observer.host, observer.boot, observer.pid_namespace)
-        return same_place and _start_time(self.pid) != self.started and not _is_hidden(self.pid)
+        return same_place and start_time(self.pid) != self.started and not _is_hidden(self.pid)
 
 
 UNKNOWN = Identity("", "", 0, 0, "", "")  # holder of a claim file that something else has damaged
@@ -195,16 +195,6 @@ class ClaimBoard:
 
 def _claim_json(holder: Identity | None) -> bytes:
     return json.dumps({"holder": None if holder is None else dataclasses.asdict(holder)}).encode()
-
-
-def _start_time(pid: int) -> int | None:
-    """Field 22 of /proc/<pid>/stat, proc(5); None for a process that is gone or a zombie. Its name may hold any bytes."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    state, started = fields[0], int(fields[19])
-    return None if state in (b"Z", b"X") else started
 
 
 def _is_hidden(pid: int) -> bool:

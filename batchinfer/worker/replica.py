@@ -25,6 +25,7 @@ from batchinfer.data.reader import UnitReader, read_schema, scan_shards
 from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
+from batchinfer.job.process import start_time
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
@@ -197,6 +198,7 @@ def input_schema(manifest: Manifest, root: Path) -> pa.Schema:
 
 def process_age() -> float:
     """Seconds since this process was started, imports included."""
-    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-        started = int(stat.read().rpartition(")")[2].split()[19])
+    started = start_time(os.getpid())
+    assert started is not None, "this process is alive"
+    with open("/proc/uptime") as uptime:
         return round(float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK"), 3)
