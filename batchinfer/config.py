@@ -127,7 +127,7 @@ class EngineConfig:
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
     prefix_caching: bool = _key(False, THROUGHPUT, "share the KV of equal prompt beginnings", only=False)
     cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
-    overlap: bool = _key(False, THROUGHPUT, "prepare the next step on the host while the GPU runs", only=False)
+    overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
     attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))
     stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
 

@@ -1,8 +1,9 @@
 """One engine step as flat arrays: all that a rank needs to execute it, in one int32 buffer.
 
-A `Batch` *is* its buffer: a header of five sizes, then one array after another, so sharing it with another host or copying
-it to a GPU is one transfer. T tokens, S sequences, B blocks in the longest block table, N sequences that draw a token, F
-tokens that may not be drawn. Rank 0 builds batches (`BatchBuilder`), the others receive them (`BatchChannel`).
+A `Batch` *is* its buffer: a header of sizes, then one array after another, so sharing it with another host or copying it to a
+GPU is one transfer. T tokens, S sequences, B blocks in the longest block table, N sequences that draw a token, F tokens that
+may not be drawn, P prompt tokens whose log-probabilities are asked for. Rank 0 builds batches (`BatchBuilder`), the others
+receive them (`BatchChannel`).
 """
 
 from __future__ import annotations
@@ -17,24 +18,38 @@ import torch
 import torch.distributed as dist
 
 from batchinfer.engine.scheduler import ScheduledBatch
-from batchinfer.engine.sequence import Sequence
+from batchinfer.engine.sequence import PENDING, Sequence
 
 Array = TypeVar("Array")
-HEADER_WORDS = 6  # T, S, B, N, F, 0: an even number, so that the int64 array behind it is aligned
+HEADER_WORDS = 8  # T, S, B, N, F, P, how many tokens are fed, 0: an even number, so that the int64 array behind it is aligned
+WORDS = {"int32": 1, "int64": 2, "float64": 2}
+PARAMETERS = {
+    "seeds": "int64",
+    "temperature": "float64",
+    "top_p": "float64",
+    "min_p": "float64",
+    "repetition_penalty": "float64",
+    "presence_penalty": "float64",
+    "frequency_penalty": "float64",
+    "top_k": "int32",
+    "num_logprobs": "int32",
+    "prompt_lens": "int32",
+}  # what a sequence is drawn with: fixed from its admission on
 
 
 def _layout(header: np.ndarray) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
     """(name, first word, shape, dtype) of each array. The order of `Batch`'s fields; int64 first, for its alignment."""
-    t, s, b, n, f, _ = (int(size) for size in header)
+    t, s, b, n, f, p, _, _ = (int(size) for size in header)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "seeds": ((n,), "int64"),
-        "temperature": ((n,), "float32"),
-        "top_p": ((n,), "float32"),
-        "min_p": ((n,), "float32"),
-        "top_k": ((n,), "int32"),
+        **{name: ((n,), dtype) for name, dtype in PARAMETERS.items()},
         "sample_rows": ((n,), "int32"),
+        "sample_seqs": ((n,), "int32"),
+        "sample_slots": ((n,), "int32"),
         "sample_positions": ((n,), "int32"),
         "forbidden": ((f, 2), "int32"),
+        "prompt_rows": ((p,), "int32"),
+        "prompt_targets": ((p,), "int32"),
+        "prompt_num_logprobs": ((p,), "int32"),
         "token_ids": ((t,), "int32"),
         "positions": ((t,), "int32"),
         "slot_mapping": ((t,), "int32"),
@@ -45,7 +60,7 @@ def _layout(header: np.ndarray) -> Iterator[tuple[str, int, tuple[int, ...], str
     offset = HEADER_WORDS
     for name, (shape, dtype) in shapes.items():
         yield name, offset, shape, dtype
-        offset += math.prod(shape) * (2 if dtype == "int64" else 1)
+        offset += math.prod(shape) * WORDS[dtype]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,14 +68,24 @@ class BatchArrays(Generic[Array]):
     """The arrays of a step, over numpy on the host or torch on the device. Sequence order is that of the scheduled batch."""
 
     seeds: Array  # [N] int64, the bits of the requests' unsigned seeds
-    temperature: Array  # [N] float32
-    top_p: Array  # [N] float32
-    min_p: Array  # [N] float32
+    temperature: Array  # [N] float64, as are the others that `SamplingParams` has as float
+    top_p: Array  # [N]
+    min_p: Array  # [N]
+    repetition_penalty: Array  # [N]
+    presence_penalty: Array  # [N]
+    frequency_penalty: Array  # [N]
     top_k: Array  # [N]
+    num_logprobs: Array  # [N] -1: no log-probabilities are asked for
+    prompt_lens: Array  # [N]
     sample_rows: Array  # [N] which of the T tokens' hidden states a token is drawn from
+    sample_seqs: Array  # [N] which of the S sequences it is drawn for
+    sample_slots: Array  # [N] where the device keeps the drawn token, for the step that it is fed to
     sample_positions: Array  # [N] the position that the drawn token will have in its sequence
     forbidden: Array  # [F, 2] (which of the N, token id): what would end a sequence that is below its min_tokens
-    token_ids: Array  # [T]
+    prompt_rows: Array  # [P] which of the T tokens' hidden states says how likely the next prompt token is
+    prompt_targets: Array  # [P] that next token
+    prompt_num_logprobs: Array  # [P]
+    token_ids: Array  # [T]; -1 - slot: the token that the step before drew into that slot
     positions: Array  # [T]
     slot_mapping: Array  # [T] where the KV cache takes the token's key and value
     cu_seqlens_q: Array  # [S + 1] where each sequence's tokens begin among the T, and T
@@ -75,9 +100,19 @@ class Batch(BatchArrays[np.ndarray]):
     buffer: np.ndarray
 
     @classmethod
-    def empty(cls, num_tokens: int, num_seqs: int, num_blocks: int, num_samples: int, num_forbidden: int = 0) -> Batch:
+    def empty(
+        cls,
+        num_tokens: int,
+        num_seqs: int,
+        num_blocks: int,
+        num_samples: int,
+        num_forbidden: int = 0,
+        num_prompt_rows: int = 0,
+        num_fed: int = 0,
+    ) -> Batch:
         """A batch of these sizes whose arrays are still to be filled in."""
-        header = np.array([num_tokens, num_seqs, num_blocks, num_samples, num_forbidden, 0], dtype=np.int32)
+        sizes = [num_tokens, num_seqs, num_blocks, num_samples, num_forbidden, num_prompt_rows, num_fed, 0]
+        header = np.array(sizes, dtype=np.int32)
         *_, (_, offset, shape, _) = _layout(header)
         buffer = np.empty(offset + shape[0] * shape[1], dtype=np.int32)
         buffer[:HEADER_WORDS] = header
@@ -92,7 +127,7 @@ class Batch(BatchArrays[np.ndarray]):
         """The batch in a packed buffer; no copy."""
         views = {}
         for name, offset, shape, dtype in _layout(buffer[:HEADER_WORDS]):
-            words = math.prod(shape) * (2 if dtype == "int64" else 1)
+            words = math.prod(shape) * WORDS[dtype]
             views[name] = buffer[offset : offset + words].view(dtype).reshape(shape)
         return cls(buffer=buffer, **views)
 
@@ -104,6 +139,11 @@ class Batch(BatchArrays[np.ndarray]):
     def num_samples(self) -> int:
         return int(self.buffer[3])
 
+    @property
+    def num_fed(self) -> int:
+        """How many of the tokens only the device knows."""
+        return int(self.buffer[6])
+
     def to_tensors(self, device: torch.device) -> BatchArrays[torch.Tensor]:
         """The arrays on `device`, by one transfer that the host does not wait for."""
         flat = torch.from_numpy(self.buffer)
@@ -111,7 +151,7 @@ class Batch(BatchArrays[np.ndarray]):
             flat = flat.pin_memory().to(device, non_blocking=True)
         tensors = {}
         for name, offset, shape, dtype in _layout(self.buffer[:HEADER_WORDS]):
-            words = math.prod(shape) * (2 if dtype == "int64" else 1)
+            words = math.prod(shape) * WORDS[dtype]
             tensors[name] = flat[offset : offset + words].view(getattr(torch, dtype)).view(shape)
         return BatchArrays(**tensors)
 
@@ -132,11 +172,7 @@ class BatchBuilder:
         self.free_rows = list(reversed(range(max_num_seqs)))
         self.num_known_blocks = [0] * max_num_seqs  # entries of each row of `block_tables` that are filled in
         self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
-        self.seeds = np.zeros(max_num_seqs, dtype=np.uint64)
-        self.temperature = np.zeros(max_num_seqs, dtype=np.float32)
-        self.top_p = np.ones(max_num_seqs, dtype=np.float32)
-        self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
-        self.top_k = np.zeros(max_num_seqs, dtype=np.int32)
+        self.parameters = {name: np.zeros(max_num_seqs, dtype=dtype) for name, dtype in PARAMETERS.items()}
 
     def build(self, scheduled: ScheduledBatch) -> Batch:
         """The batch of one step. Sequences that gave up their blocks must have been released."""
@@ -146,14 +182,25 @@ class BatchBuilder:
         num_known = np.array([len(seq.token_ids) for seq in sequences], dtype=np.int32)
         lengths = starts + np.array(counts, dtype=np.int32)
         (sampling,) = np.nonzero(lengths == num_known)
+        token_ids = _scheduled_token_ids(sequences, counts)
         forbidden = self._forbidden([sequences[i] for i in sampling])
-        width = -(-int(lengths.max()) // self.block_size)
-        batch = Batch.empty(sum(counts), len(sequences), width, len(sampling), len(forbidden))
+        prompt = _prompt_rows(sequences, counts)
+        batch = Batch.empty(
+            num_tokens=len(token_ids),
+            num_seqs=len(sequences),
+            num_blocks=-(-int(lengths.max()) // self.block_size),
+            num_samples=len(sampling),
+            num_forbidden=len(forbidden),
+            num_prompt_rows=len(prompt),
+            num_fed=token_ids.count(PENDING),
+        )
+        batch.token_ids[:] = token_ids
         batch.forbidden[:] = np.array(forbidden, dtype=np.int32).reshape(-1, 2)
-        batch.token_ids[:] = _scheduled_token_ids(sequences, counts)
         batch.context_lens[:] = lengths
         batch.cu_seqlens_q[0] = 0
         np.cumsum(lengths - starts, out=batch.cu_seqlens_q[1:])
+        asked = np.array(prompt, dtype=np.int32).reshape(-1, 3).T
+        batch.prompt_rows[:], batch.prompt_targets[:], batch.prompt_num_logprobs[:] = asked
         self._place(batch, rows, starts)
         self._describe_sampling(batch, rows[sampling], sampling)
         return batch
@@ -178,10 +225,8 @@ class BatchBuilder:
 
     def _admit(self, seq: Sequence) -> int:
         row = self.rows[seq.request.request_id] = self.free_rows.pop()
-        sampling = seq.request.sampling
-        self.seeds[row] = seq.request.seed
-        self.temperature[row], self.top_k[row] = sampling.temperature, sampling.top_k
-        self.top_p[row], self.min_p[row] = sampling.top_p, sampling.min_p
+        for name, value in _parameters(seq).items():
+            self.parameters[name][row] = value
         self.block_tables[row] = 0
         return row
 
@@ -196,10 +241,12 @@ class BatchBuilder:
         return forbidden
 
     def _place(self, batch: Batch, rows: np.ndarray, starts: np.ndarray) -> None:
-        """Positions, slots and block tables."""
+        """Positions, slots and block tables, and where the device finds the tokens that it alone knows."""
         begins = batch.cu_seqlens_q[:-1]
         counts = np.diff(batch.cu_seqlens_q)
         token_rows = np.repeat(rows, counts)
+        if batch.num_fed:
+            np.copyto(batch.token_ids, -1 - token_rows, where=batch.token_ids == PENDING, casting="same_kind")
         positions = np.arange(batch.num_tokens, dtype=np.int32) + np.repeat(starts - begins, counts)
         batch.positions[:] = positions
         blocks = self.block_tables[token_rows, positions // self.block_size]
@@ -210,10 +257,51 @@ class BatchBuilder:
     def _describe_sampling(self, batch: Batch, rows: np.ndarray, sampling: np.ndarray) -> None:
         """`rows` of the persistent arrays and the places in the batch (`sampling`) of the sequences that draw a token."""
         batch.sample_rows[:] = batch.cu_seqlens_q[1:][sampling] - 1
+        batch.sample_seqs[:], batch.sample_slots[:] = sampling, rows
         batch.sample_positions[:] = batch.context_lens[sampling]
-        batch.seeds[:] = self.seeds[rows].view(np.int64)
-        for name in ("temperature", "top_p", "min_p", "top_k"):
-            getattr(batch, name)[:] = getattr(self, name)[rows]
+        for name, values in self.parameters.items():
+            np.take(values, rows, out=getattr(batch, name), mode="clip")
+
+
+def _parameters(seq: Sequence) -> dict[str, float | int]:
+    """The values of PARAMETERS for a sequence."""
+    sampling, seed = seq.request.sampling, seq.request.seed
+    return {
+        "seeds": seed - 2**64 if seed >= 2**63 else seed,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "top_k": sampling.top_k,
+        "num_logprobs": -1 if sampling.logprobs is None else sampling.logprobs,
+        "prompt_lens": seq.num_prompt_tokens,
+    }
+
+
+def prompt_positions(seq: Sequence, count: int) -> range:
+    """Positions, among the next `count`, after which a prompt token stands whose log-probability is asked for.
+
+    What was computed before a preemption has been told already.
+    """
+    if seq.request.sampling.prompt_logprobs is None:
+        return range(0)
+    start = seq.num_computed_tokens
+    return range(max(start, seq.num_prefilled_tokens), min(start + count, seq.num_prompt_tokens - 1))
+
+
+def _prompt_rows(sequences: list[Sequence], counts: list[int]) -> list[tuple[int, int, int]]:
+    """(which of the step's tokens, the prompt token behind it, how many of the likeliest to tell)."""
+    rows: list[tuple[int, int, int]] = []
+    begin = 0
+    for seq, count in zip(sequences, counts, strict=True):
+        asked = seq.request.sampling.prompt_logprobs
+        if asked is not None:
+            first = begin - seq.num_computed_tokens
+            rows += [(first + i, seq.token_ids[i + 1], asked) for i in prompt_positions(seq, count)]
+        begin += count
+    return rows
 
 
 def _scheduled_token_ids(sequences: list[Sequence], counts: list[int]) -> list[int]:

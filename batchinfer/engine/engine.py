@@ -1,69 +1,112 @@
 """The engine: a queue of sequences, and a step that moves all of them on.
 
-`Engine.step` is the spine: schedule, build, share, execute, update. Rank 0 runs it; the other ranks of a tensor-parallel
-group follow in `serve`. The engine knows neither files nor text: requests and answers are token ids.
+`Engine.step` is the spine: schedule, build, share, launch, collect. With overlap the next step is launched before the tokens of
+this one are read, so that the device never waits for the host: a token that is drawn but not read stands as PENDING in its
+sequence, and is fed to the next step on the device. Without overlap each step is read at once; both draw the same tokens.
+
+Rank 0 runs the engine; the other ranks of a tensor-parallel group follow in `serve`. The engine knows neither files nor text:
+requests and answers are token ids.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+from typing import Any, Protocol
 
 import torch
 
 from batchinfer.config import Config
-from batchinfer.engine.batch import Batch, BatchBuilder
+from batchinfer.engine.batch import Batch, BatchBuilder, prompt_positions
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.model_runner import ModelRunner, build_runner
 from batchinfer.engine.scheduler import ScheduledBatch, Scheduler
-from batchinfer.engine.sequence import Request, Sequence, StepStats, TokenOutput
+from batchinfer.engine.sequence import (
+    PENDING,
+    Request,
+    Sequence,
+    SequenceStatus,
+    StepResult,
+    StepStats,
+    TokenLogprobs,
+    TokenOutput,
+)
 from batchinfer.model.config import ModelShape
 from batchinfer.model.parallel import TensorParallel
+
+
+class Drawn(Protocol):
+    """Tokens that are being drawn."""
+
+    def result(self) -> StepResult:
+        """Wait for them."""
 
 
 class Runner(Protocol):
     """What the engine needs of the model: `ModelRunner`, or a stand-in for tests."""
 
     def share(self, batch: Batch) -> None:
-        """Give the other ranks the batch that this one is about to execute."""
+        """Give the other ranks the batch that this one is about to compute."""
 
-    def execute(self, batch: Batch) -> list[int]:
-        """Compute the batch; the drawn token of each sequence that draws one, in order."""
+    def forward(self, batch: Batch) -> Any:
+        """Launch the forward pass."""
+
+    def sample(self, batch: Batch, forward: Any) -> Drawn:
+        """Launch the drawing of a token for each sequence that draws one."""
 
     def close(self) -> None:
         """Let the other ranks go."""
 
 
+@dataclass(slots=True)
+class Step:
+    """A launched step, and where what comes out of it belongs."""
+
+    batch: Batch
+    forward: Any  # the runner's handle
+    stats: StepStats
+    places: list[tuple[Sequence, int]] = field(default_factory=list)  # who draws a token, and where among its tokens
+    prompt_places: list[tuple[Sequence, int]] = field(default_factory=list)  # whose prompt's log-probabilities, how many
+    drawn: Drawn | None = None
+
+
 class Engine:
     """`add` requests, `step` until `has_work` is false; `abort` takes a request out between two steps."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, eos_token_ids: frozenset[int], overlap: bool = False) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.eos_token_ids = eos_token_ids
+        self.overlap = overlap
         self.max_model_len = scheduler.max_model_len
         blocks = scheduler.blocks
         max_blocks = blocks.num_blocks_for(self.max_model_len)
         self.builder = BatchBuilder(scheduler.max_num_seqs, max_blocks, blocks.block_size, eos_token_ids)
         self.sequences: dict[int, Sequence] = {}
+        self.in_flight: Step | None = None  # launched by the step before
         self.num_steps = 0
+        self.num_preempted = 0  # not yet in a step's statistics
         self.phases: dict[str, float] = {}  # seconds that each part of the start took
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError: its id is in use, or it could never be completed (one sentence for the row's error)."""
         if request.request_id in self.sequences:
             raise ValueError(f"request {request.request_id} is already in the engine")
-        seq = Sequence.from_request(request, time.monotonic())
+        seq = Sequence.from_request(request, time.monotonic(), self.max_model_len)
         self.scheduler.add(seq)
         self.sequences[request.request_id] = seq
 
     def abort(self, request_id: int) -> None:
-        """Take a request out and free what it holds. One that has ended already is left alone."""
+        """Take a request out and free what it holds. One that has ended already is left alone.
+
+        A step in flight may still compute it: the device writes to its blocks before it does anything for their next owner.
+        """
         if request_id in self.sequences:
             self._finish(self.sequences[request_id])
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.in_flight is not None or self.scheduler.has_work()
 
     @property
     def num_waiting(self) -> int:
@@ -76,29 +119,57 @@ class Engine:
     def step(self) -> tuple[list[TokenOutput], StepStats]:
         """Move on every sequence that there is room for. Call it only while `has_work`."""
         begin = time.monotonic()
-        stats = StepStats(self.num_steps, time.time())
-        scheduled = self.scheduler.schedule()
-        batch = self._build(scheduled)
-        self.runner.share(batch)
-        self._describe(scheduled, stats)
-        outputs = self._update(scheduled, self.runner.execute(batch), stats)
-        stats.duration_s = time.monotonic() - begin
-        self.num_steps += 1
+        step = self.in_flight or self._draw(self._launch())
+        assert step is not None and step.drawn is not None, "step() without work"
+        following = self._launch() if self.overlap else None
+        outputs = self._collect(step, step.drawn.result())
+        self.in_flight = self._draw(following)
+        step.stats.duration_s = time.monotonic() - begin
         if not self.has_work():
             self.scheduler.check_invariants()
-        return outputs, stats
+        return outputs, step.stats
 
     def close(self) -> None:
         """End the other ranks' `serve`."""
         self.runner.close()
 
-    def _build(self, scheduled: ScheduledBatch) -> Batch:
+    def _launch(self) -> Step | None:
+        """Schedule a step and launch its forward pass. None: whatever runs only waits for tokens that are being drawn."""
+        scheduled = self.scheduler.schedule()
+        self.num_preempted += len(scheduled.preempted)
         for seq in scheduled.preempted:
             self.builder.release(seq)
-        return self.builder.build(scheduled)
+        if not scheduled.sequences:
+            return None
+        batch = self.builder.build(scheduled)
+        self.runner.share(batch)
+        stats = self._describe(scheduled)
+        step = Step(batch, self.runner.forward(batch), stats)
+        for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
+            self._advance(seq, count, step)
+        return step
 
-    def _describe(self, scheduled: ScheduledBatch, stats: StepStats) -> None:
-        """What the step is about to do, in numbers; before `_update` moves the marks that they are counted from."""
+    def _advance(self, seq: Sequence, count: int, step: Step) -> None:
+        """Count what is launched as computed, and hold the places of what will come out."""
+        if seq.request.sampling.prompt_logprobs is not None:
+            step.prompt_places.append((seq, len(prompt_positions(seq, count))))
+        seq.num_computed_tokens += count
+        if seq.num_computed_tokens > seq.num_prefilled_tokens:
+            seq.num_prefilled_tokens = seq.num_computed_tokens
+        if seq.num_computed_tokens == len(seq.token_ids):
+            step.places.append((seq, len(seq.token_ids)))
+            seq.token_ids.append(PENDING)
+
+    def _draw(self, step: Step | None) -> Step | None:
+        """Launch the drawing of a step's tokens. All that were drawn before are known by now."""
+        if step is not None:
+            step.drawn = self.runner.sample(step.batch, step.forward)
+        return step
+
+    def _describe(self, scheduled: ScheduledBatch) -> StepStats:
+        """What the step is about to do, in numbers; before `_advance` moves the marks that they are counted from."""
+        stats = StepStats(self.num_steps, time.time())
+        self.num_steps += 1
         for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
             start, known = seq.num_computed_tokens, seq.num_prefilled_tokens
             if start >= max(known, seq.num_prompt_tokens):
@@ -108,50 +179,55 @@ class Engine:
             stats.prefill_tokens += max(0, min(start + count, seq.num_prompt_tokens) - max(start, known))
         stats.decode_seqs = len(scheduled.sequences) - stats.prefill_seqs
         stats.running, stats.waiting = self.num_running, self.num_waiting
-        stats.preempted = len(scheduled.preempted)
+        stats.preempted, self.num_preempted = self.num_preempted, 0
         stats.kv_blocks_used = self.scheduler.blocks.num_used_blocks
         stats.kv_blocks_total = self.scheduler.blocks.num_blocks
+        return stats
 
-    def _update(self, scheduled: ScheduledBatch, sampled: list[int], stats: StepStats) -> list[TokenOutput]:
-        """Record what was computed, append the drawn tokens, and take out what has ended."""
+    def _collect(self, step: Step, result: StepResult) -> list[TokenOutput]:
+        """Put drawn tokens into their places, and take out what has ended."""
+        told = iter(result.prompt_logprobs)
+        for seq, count in step.prompt_places:
+            seq.prompt_logprobs += islice(told, count)
         outputs = []
-        tokens, now = iter(sampled), time.monotonic()
-        for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
-            seq.num_computed_tokens += count
-            if seq.num_computed_tokens > seq.num_prefilled_tokens:
-                seq.num_prefilled_tokens = seq.num_computed_tokens
-            if seq.num_computed_tokens == len(seq.token_ids):
-                outputs.append(self._append(seq, next(tokens), stats, now))
-        stats.decode_tokens = len(outputs)
+        now = time.monotonic()
+        logprobs = result.logprobs or repeat(None)
+        for (seq, index), token_id, logprob in zip(step.places, result.token_ids, logprobs, strict=False):
+            if seq.status is not SequenceStatus.FINISHED:  # it may have ended, or been aborted, since the launch
+                outputs.append(self._append(seq, index, token_id, logprob, step.stats, now))
+        step.stats.decode_tokens = len(outputs)
         return outputs
 
-    def _append(self, seq: Sequence, token_id: int, stats: StepStats, now: float) -> TokenOutput:
-        ttft = latency = None
-        if seq.num_completion_tokens == 0:
+    def _append(
+        self, seq: Sequence, index: int, token_id: int, logprob: TokenLogprobs | None, stats: StepStats, now: float
+    ) -> TokenOutput:
+        """Token number `index` of a sequence, prompt included, is known."""
+        ttft = latency = prompt_logprobs = None
+        if index == seq.num_prompt_tokens:
             seq.first_token_s = now
             ttft = now - seq.admitted_s
             stats.ttft_s.append(ttft)
+            if seq.request.sampling.prompt_logprobs is not None:
+                prompt_logprobs = [None, *seq.prompt_logprobs]
         else:
             stats.inter_token_s.append(now - seq.last_token_s)
         seq.last_token_s = now
-        seq.token_ids.append(token_id)
-        finish_reason = self._finish_reason(seq, token_id)
+        seq.token_ids[index] = token_id
+        finish_reason = self._finish_reason(seq, index, token_id)
         if finish_reason is not None:
             latency = now - seq.admitted_s
             self._finish(seq)
-        return TokenOutput(seq.request.request_id, [token_id], finish_reason, ttft, latency)
+        logprobs = None if logprob is None else [logprob]
+        return TokenOutput(seq.request.request_id, [token_id], finish_reason, ttft, latency, logprobs, prompt_logprobs)
 
-    def _finish_reason(self, seq: Sequence, token_id: int) -> str | None:
+    def _finish_reason(self, seq: Sequence, index: int, token_id: int) -> str | None:
         sampling = seq.request.sampling
-        produced = len(seq.token_ids) - seq.num_prompt_tokens
-        if produced > sampling.min_tokens:
+        if index + 1 - seq.num_prompt_tokens > sampling.min_tokens:
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
                 return "stop"
             if token_id in sampling.stop_token_ids:
                 return "stop"
-        if produced >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if index + 1 >= seq.max_num_tokens else None
 
     def _finish(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
@@ -164,12 +240,12 @@ def build_engine(config: Config, shape: ModelShape, parallel: TensorParallel, de
     runner = build_runner(config, shape, parallel, device)
     blocks = BlockManager(runner.num_blocks, config.engine.block_size)
     scheduler = Scheduler(blocks, config.engine.max_num_seqs, config.engine.max_num_batched_tokens, runner.max_model_len)
-    engine = Engine(runner, scheduler, frozenset(shape.eos_token_ids))
+    engine = Engine(runner, scheduler, frozenset(shape.eos_token_ids), config.engine.overlap)
     engine.phases = runner.phases
     return engine
 
 
 def serve(runner: ModelRunner) -> None:
-    """Execute what rank 0 executes, in lockstep, until it closes its engine."""
+    """Compute what rank 0 computes, in lockstep, until it closes its engine."""
     while (batch := runner.receive()) is not None:
-        runner.execute(batch)
+        runner.follow(batch)

@@ -1,7 +1,8 @@
 """Executes batches on one rank: owns the model, the KV cache and how large it is.
 
 Every rank of a tensor-parallel group has one. All compute the same batch and meet in the model's collectives; rank 0 draws
-the tokens and brings them to its host.
+the tokens and brings them to its host. A step is launched in two parts, `forward` and `sample`, neither of which waits for the
+device; what was drawn is waited for in `Drawn.result`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from batchinfer.config import Config, ConfigError, EngineConfig
-from batchinfer.engine.batch import Batch, BatchChannel
+from batchinfer.engine.batch import Batch, BatchArrays, BatchChannel
 from batchinfer.engine.sampler import sample_tokens
+from batchinfer.engine.sequence import StepResult
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
@@ -33,8 +36,34 @@ CPU_CACHE_SHARE = 3  # at most one part in so many of the host's free memory
 PROFILE_CONTEXT = 4096  # attention works in pieces of bounded size, which this many tokens fill
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """A batch whose forward pass is launched."""
+
+    step: BatchArrays[torch.Tensor]  # the batch on the device
+    logits: torch.Tensor | None  # [N, vocab_size]; None: no sequence draws a token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Drawn tokens on their way from the device to the host."""
+
+    token_ids: torch.Tensor  # [N] on the host, not to be read before `arrived`
+    arrived: torch.cuda.Event | None  # None: they were drawn on the host
+
+    def result(self) -> StepResult:
+        """Waits until the device has drawn them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return StepResult(self.token_ids.tolist())
+
+
 class ModelRunner:
-    """`execute` computes one batch over a KV cache of `num_blocks` blocks."""
+    """`forward` and `sample` compute one batch over a KV cache of `num_blocks` blocks.
+
+    Beside the keys and values of every stored token lies its id (`token_cache`), so that what a sequence has seen can be
+    looked up on the device, through its block table, whoever computed the blocks.
+    """
 
     def __init__(
         self,
@@ -50,6 +79,7 @@ class ModelRunner:
         self.shape = shape
         self.model = model
         self.parallel = parallel
+        self.overlap = engine.overlap
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
@@ -60,6 +90,8 @@ class ModelRunner:
         self.kv_cache = zeros((2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim), dtype, device)
         keys, values = self.kv_cache
         self.kv_caches = list(zip(keys, values, strict=True))
+        self.token_cache = zeros((num_blocks * engine.block_size + 1,), torch.int32, device)  # the last place is slot -1's
+        self.last_tokens = torch.zeros(engine.max_num_seqs, dtype=torch.int32, device=device)  # by sample slot
 
     def share(self, batch: Batch) -> None:
         """Rank 0: hand the batch to the other ranks, which are waiting in `receive`."""
@@ -76,26 +108,54 @@ class ModelRunner:
             self.channel.send_stop()
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[int]:
-        """The token that each sampling sequence of the batch draws, in batch order; nothing on ranks other than 0.
-
-        Writes the keys and values of the batch's tokens into the cache. The host waits for the device only for the tokens.
-        """
+    def forward(self, batch: Batch) -> Forward:
+        """Launch the forward pass: writes the keys and values of the batch's tokens into the cache. Every rank."""
         step = batch.to_tensors(self.device)
+        token_ids = step.token_ids
+        if batch.num_fed:
+            fed = self.last_tokens[(-1 - token_ids).clamp(min=0)]
+            token_ids = torch.where(token_ids < 0, fed, token_ids)
+        self.token_cache[step.slot_mapping] = token_ids
         attention = AttentionInputs(
             slot_mapping=step.slot_mapping,
             block_tables=step.block_tables,
             cu_seqlens_q=step.cu_seqlens_q,
             context_lens=step.context_lens,
         )
-        hidden = self.model(step.token_ids, step.positions, attention, self.kv_caches)
-        if batch.num_samples == 0:
-            return []
-        logits = self.model.logits(hidden.index_select(0, step.sample_rows))  # every rank: they gather the vocabulary
-        if self.parallel.rank != 0:
-            return []
-        tokens: list[int] = sample_tokens(logits, batch, step).tolist()
-        return tokens
+        hidden = self.model(token_ids, step.positions, attention, self.kv_caches)
+        logits = self.model.logits(hidden.index_select(0, step.sample_rows)) if batch.num_samples else None
+        return Forward(step, logits)
+
+    @torch.inference_mode()
+    def sample(self, batch: Batch, forward: Forward) -> Drawn:
+        """Rank 0: launch the drawing of tokens, which stay on the device for the next step and go to the host beside it."""
+        if forward.logits is None:
+            return Drawn(torch.empty(0, dtype=torch.int32), None)
+        token_ids = sample_tokens(forward.logits, batch, forward.step).int()
+        self._keep(token_ids, forward.step)
+        if self.device.type != "cuda":
+            return Drawn(token_ids, None)
+        on_host = token_ids.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Drawn(on_host, arrived)
+
+    @torch.inference_mode()
+    def follow(self, batch: Batch) -> None:
+        """Other ranks: compute what rank 0 computes, and take over what it draws."""
+        step = self.forward(batch).step
+        if batch.num_samples:
+            self._keep(torch.empty(batch.num_samples, dtype=torch.int32, device=self.device), step)
+
+    def execute(self, batch: Batch) -> StepResult:
+        """The whole step at once, on rank 0."""
+        return self.sample(batch, self.forward(batch)).result()
+
+    def _keep(self, token_ids: torch.Tensor, step: BatchArrays[torch.Tensor]) -> None:
+        """Store rank 0's drawn tokens [N] where the next step looks for them, on every rank: no host takes part."""
+        if self.overlap:
+            self.parallel.broadcast(token_ids)
+            self.last_tokens[step.sample_slots] = token_ids
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -191,7 +251,10 @@ def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:
     batch.slot_mapping[:] = -1
     batch.sample_rows[:] = batch.cu_seqlens_q[1:] - 1
     batch.temperature[:], batch.top_p[:], batch.min_p[:], batch.top_k[:] = 1.0, 0.9, 0.1, 10
-    for zeros in (batch.token_ids, batch.block_tables, batch.seeds, batch.sample_positions):
+    batch.repetition_penalty[:], batch.presence_penalty[:], batch.frequency_penalty[:] = 1.1, 0.1, 0.1
+    batch.sample_seqs[:] = batch.sample_slots[:] = np.arange(num_seqs)
+    batch.num_logprobs[:] = 0
+    for zeros in (batch.token_ids, batch.block_tables, batch.seeds, batch.sample_positions, batch.prompt_lens):
         zeros[:] = 0
     return batch
 

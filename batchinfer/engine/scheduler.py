@@ -57,7 +57,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. ValueError, one sentence: it could not be completed even if it were alone."""
-        prompt, max_tokens = seq.num_prompt_tokens, seq.request.sampling.max_tokens
+        prompt, longest = seq.num_prompt_tokens, seq.max_num_tokens
         if prompt == 0:
             raise ValueError("a prompt needs at least one token")
         if prompt + 1 > self.max_model_len:
@@ -65,7 +65,6 @@ class Scheduler:
                 f"a prompt of {prompt:,} tokens leaves no room for a token: prompt and completion together may have "
                 f"{self.max_model_len:,} (model.max_model_len)"
             )
-        longest = min(prompt + max_tokens, self.max_model_len)
         if self.blocks.num_blocks_for(longest - 1) > self.blocks.num_blocks:  # the last token is never computed
             capacity = self.blocks.num_blocks * self.blocks.block_size
             raise ValueError(
@@ -92,6 +91,8 @@ class Scheduler:
             if seq.status is not SequenceStatus.RUNNING:  # preempted by an older one in this loop
                 continue
             num_tokens = len(seq.token_ids)
+            if num_tokens >= seq.max_num_tokens:  # its last token is being drawn
+                continue
             if num_tokens - seq.num_computed_tokens > 1:
                 partial.append(seq)
             elif num_tokens <= len(seq.block_table) * block_size or self._grow(seq, batch):
@@ -128,7 +129,7 @@ class Scheduler:
 
     def _admit(self, batch: ScheduledBatch, budget: int) -> None:
         """Start waiting sequences in order. One that was preempted in this step stays: somebody took a block of its own."""
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not batch.preempted:
             seq = self.waiting[0]
             reserve = self.watermark if self.running else 0
             if not self.blocks.can_allocate(seq, seq.num_tokens, reserve):

@@ -1,7 +1,7 @@
 """What the engine is asked and what it answers: plain values, no torch, no Parquet.
 
-A `Request` goes in by `Engine.add`, is scheduled as a `Sequence`, and comes back as `TokenOutput`s. `StepStats` is one
-engine step in numbers.
+A `Request` goes in by `Engine.add`, is scheduled as a `Sequence`, and comes back as `TokenOutput`s. `StepResult` is what the
+device answers to one step, `StepStats` is that step in numbers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+PENDING = -1  # stands in a sequence's tokens for one that the device draws and the host has not read yet
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence's tokens are chosen. `temperature` 0 is greedy. Stop *strings* are the pipeline's business."""
+    """How one sequence's tokens are chosen. `temperature` 0 is greedy. Stop *strings* are the pipeline's business.
+
+    `logprobs` and `prompt_logprobs`: None, or of how many of the likeliest tokens to tell the log-probability, beside the
+    token that stands there.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -23,6 +29,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,19 @@ class Request:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of a token, given those before it: natural logarithms of probabilities.
+
+    They are the model's own, before penalties, masks, temperature and filters. `rank` 1 is the likeliest token.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]  # the likeliest tokens and theirs, as many as were asked for
+
+
 class SequenceStatus(enum.Enum):
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -45,13 +69,15 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """A request while the engine works on it.
 
-    `token_ids` is the prompt followed by the generated tokens. `num_computed_tokens` of them have their keys and values
-    in the blocks of `block_table`; preemption sets it back to 0 and keeps the tokens.
+    `token_ids` is the prompt followed by the generated tokens, of which the last may be PENDING. `num_computed_tokens` of
+    them have their keys and values in the blocks of `block_table`, or will when the steps launched so far have run;
+    preemption sets it back to 0 and keeps the tokens.
     """
 
     request: Request
     token_ids: list[int]
     num_prompt_tokens: int
+    max_num_tokens: int  # prompt and completion together; with so many there is nothing left to compute
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -60,10 +86,13 @@ class Sequence:
     admitted_s: float = 0.0  # monotonic clock, when Engine.add was called
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and those after it
 
     @classmethod
-    def from_request(cls, request: Request, now: float) -> Sequence:
-        return cls(request, list(request.prompt_token_ids), len(request.prompt_token_ids), admitted_s=now)
+    def from_request(cls, request: Request, now: float, max_model_len: int) -> Sequence:
+        prompt = request.prompt_token_ids
+        longest = min(len(prompt) + request.sampling.max_tokens, max_model_len)
+        return cls(request, list(prompt), len(prompt), longest, admitted_s=now)
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +107,8 @@ class Sequence:
 class TokenOutput:
     """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop` or `length`.
 
-    The token that stopped it (an end-of-sequence or stop token id) is the last of `token_ids` and is counted.
+    The token that stopped it (an end-of-sequence or stop token id) is the last of `token_ids` and is counted. Log-probabilities
+    are None where they were not asked for.
     """
 
     request_id: int
@@ -86,6 +116,17 @@ class TokenOutput:
     finish_reason: str | None
     ttft_s: float | None  # set with the first token: seconds since admission
     latency_s: float | None  # set when finished: seconds since admission
+    logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token; nothing precedes the prompt's first: None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew, on the host: a token for each sequence that draws one, in batch order."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None  # None: nobody asked
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the batch's prompt positions, in order
 
 
 @dataclass(slots=True)
@@ -98,6 +139,7 @@ class StepStats:
     prefill_seqs: int = 0
     decode_seqs: int = 0
     prefill_tokens: int = 0  # prompt tokens computed for the first time
+    prefix_hit_tokens: int = 0  # prompt tokens that were found computed: with prefill_tokens they make the prompts
     recomputed_tokens: int = 0  # tokens computed again after a preemption
     decode_tokens: int = 0  # completion tokens that came out of this step
     running: int = 0
@@ -105,7 +147,6 @@ class StepStats:
     preempted: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
-    prefix_hit_tokens: int = 0
     graph: bool = False
     ttft_s: list[float] = field(default_factory=list)
     inter_token_s: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Tensor parallelism between the ranks of one replica: who they are and the two collectives that a model needs.
+"""Tensor parallelism between the ranks of one replica: who they are, and the collectives that they need.
 
 How sizes divide over ranks is `ModelShape.local_sizes`. A replica of one rank has no process group at all.
 """
@@ -42,6 +42,11 @@ class TensorParallel:
         gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=self.group)
         return gathered.movedim(0, -2).flatten(-2)
+
+    def broadcast(self, x: Tensor) -> None:
+        """Rank 0's x into every rank's x."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
 
     def bounds(self, total: int, local: int) -> tuple[int, int]:
         """The part of `total` that falls to this rank when every rank takes `local` and the last ones may get less."""

@@ -18,10 +18,12 @@ CPU = torch.device("cpu")
 MAX_MODEL_LEN = 96
 
 
-def config_for(checkpoint: Path, dtype: str = "float64", max_num_seqs: int = 8, budget: int = 32) -> Config:
+def config_for(
+    checkpoint: Path, dtype: str = "float64", max_num_seqs: int = 8, budget: int = 32, overlap: bool = False
+) -> Config:
     return Config(
         model=ModelConfig(path=str(checkpoint), dtype=dtype, max_model_len=MAX_MODEL_LEN),
-        engine=EngineConfig(block_size=4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        engine=EngineConfig(block_size=4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, overlap=overlap),
     )
 
 
@@ -39,13 +41,15 @@ def make_requests(count: int, vocab_size: int, **sampling: object) -> list[Reque
     ]
 
 
-def engine_with(runner: ModelRunner, num_blocks: int = 200, max_num_seqs: int = 8, budget: int = 32) -> Engine:
+def engine_with(
+    runner: ModelRunner, num_blocks: int = 200, max_num_seqs: int = 8, budget: int = 32, overlap: bool = False
+) -> Engine:
     """An engine with another pool and other limits over the same weights."""
-    config = EngineConfig(block_size=4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    config = EngineConfig(block_size=4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, overlap=overlap)
     dtype = runner.kv_cache.dtype
     fresh = ModelRunner(runner.shape, runner.model, runner.parallel, config, MAX_MODEL_LEN, dtype, CPU, num_blocks)
     scheduler = Scheduler(BlockManager(num_blocks, 4), max_num_seqs, budget, MAX_MODEL_LEN)
-    return Engine(fresh, scheduler, frozenset(runner.shape.eos_token_ids))
+    return Engine(fresh, scheduler, frozenset(runner.shape.eos_token_ids), overlap)
 
 
 def complete(engine: Engine, requests: list[Request]) -> tuple[dict[int, list[int]], int]:

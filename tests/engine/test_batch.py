@@ -12,22 +12,26 @@ import torch
 from batchinfer.engine.batch import HEADER_WORDS, Batch, BatchArrays, BatchBuilder
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.scheduler import ScheduledBatch
-from batchinfer.engine.sequence import Request, SamplingParams, Sequence
+from batchinfer.engine.sequence import PENDING, Request, SamplingParams, Sequence
 
 BLOCK_SIZE = 4
 ARRAYS = [field.name for field in dataclasses.fields(BatchArrays)]
 
 
 def sampled_sequence(request_id: int, tokens: list[int], seed: int = 0, **sampling: object) -> Sequence:
-    return Sequence.from_request(Request(request_id, tokens, SamplingParams(**sampling), seed), now=0.0)  # type: ignore[arg-type]
+    request = Request(request_id, tokens, SamplingParams(**sampling), seed)  # type: ignore[arg-type]
+    return Sequence.from_request(request, now=0.0, max_model_len=100)
 
 
 def two_sequences() -> tuple[BatchBuilder, ScheduledBatch]:
     """One in decode with blocks 2, 0, one that prefills tokens 2 to 5 of 6 with blocks 1, 3."""
-    decoding = sampled_sequence(7, [10, 11, 12, 13, 14], seed=2**64 - 1, temperature=0.5, top_p=0.9, top_k=3, min_p=0.25)
+    drawn = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.25, "logprobs": 4}
+    penalties = {"repetition_penalty": 1.25, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    decoding = sampled_sequence(7, [10, 11, 12, 13, 14], seed=2**64 - 1, **drawn, **penalties)
     decoding.block_table, decoding.num_computed_tokens = [2, 0], 4
-    prefilling = sampled_sequence(8, [20, 21, 22, 23, 24, 25])
+    prefilling = sampled_sequence(8, [20, 21, 22, 23, 24, 25], prompt_logprobs=2)
     prefilling.block_table, prefilling.num_computed_tokens = [1, 3], 2
+    prefilling.num_prefilled_tokens = 3  # before a preemption
     builder = BatchBuilder(max_num_seqs=4, max_blocks_per_seq=5, block_size=BLOCK_SIZE)
     return builder, ScheduledBatch([decoding, prefilling], [1, 3])
 
@@ -46,10 +50,20 @@ def test_every_array_of_a_small_batch() -> None:
         "sample_positions": [5],
         "seeds": [-1],
         "temperature": [0.5],
-        "top_p": [np.float32(0.9)],
+        "top_p": [0.9],
         "min_p": [0.25],
+        "repetition_penalty": [1.25],
+        "presence_penalty": [0.5],
+        "frequency_penalty": [-0.5],
         "top_k": [3],
+        "num_logprobs": [4],
+        "prompt_lens": [5],
+        "sample_seqs": [0],
+        "sample_slots": [0],
         "forbidden": [],
+        "prompt_rows": [2, 3],
+        "prompt_targets": [24, 25],
+        "prompt_num_logprobs": [2, 2],
     }
 
 
@@ -58,6 +72,17 @@ def test_a_chunk_that_computes_the_last_token_samples() -> None:
     scheduled.num_scheduled_tokens[1] = 4
     batch = builder.build(scheduled)
     assert batch.sample_rows.tolist() == [0, 4] and batch.sample_positions.tolist() == [5, 6]
+
+
+def test_a_pending_token_names_the_slot_that_it_was_drawn_into() -> None:
+    builder, scheduled = two_sequences()
+    first = builder.build(scheduled)
+    decoding, prefilling = scheduled.sequences
+    decoding.num_computed_tokens, prefilling.num_computed_tokens = 5, 5
+    decoding.token_ids.append(PENDING)
+    batch = builder.build(ScheduledBatch([prefilling, decoding], [1, 1]))
+    assert batch.token_ids.tolist() == [25, -1 - first.sample_slots[0]] and batch.num_fed == 1
+    assert batch.positions.tolist() == [5, 5] and batch.prompt_rows.tolist() == []
 
 
 def test_what_would_end_a_sequence_too_early_is_forbidden() -> None:
@@ -78,14 +103,16 @@ def test_what_would_end_a_sequence_too_early_is_forbidden() -> None:
 
 @pytest.mark.parametrize("num_samples", [0, 1, 3])
 def test_packing_keeps_every_array(num_samples: int) -> None:
-    batch = Batch.empty(num_tokens=7, num_seqs=3, num_blocks=2, num_samples=num_samples, num_forbidden=2)
+    batch = Batch.empty(
+        num_tokens=7, num_seqs=3, num_blocks=2, num_samples=num_samples, num_forbidden=2, num_prompt_rows=5, num_fed=1
+    )
     batch.buffer[HEADER_WORDS:] = np.random.default_rng(0).integers(0, 1 << 29, batch.buffer.size - HEADER_WORDS)
     copy = Batch.unpack(batch.pack().copy())
     assert sum(getattr(batch, name).nbytes for name in ARRAYS) == batch.buffer[HEADER_WORDS:].nbytes
     for name in ARRAYS:
         assert getattr(batch, name).dtype == getattr(copy, name).dtype
         np.testing.assert_array_equal(getattr(batch, name), getattr(copy, name))
-    assert (copy.num_tokens, copy.num_samples) == (7, num_samples)
+    assert (copy.num_tokens, copy.num_samples, copy.num_fed) == (7, num_samples, 1)
 
 
 def test_tensors_equal_the_arrays() -> None:

@@ -65,6 +65,15 @@ def test_preemption_changes_nothing(runner: ModelRunner, requests: list[Request]
     assert completions == one_by_one
 
 
+@pytest.mark.parametrize("num_blocks", [200, 24])
+def test_overlap_equals_stepping_in_turn(
+    runner: ModelRunner, requests: list[Request], one_by_one: dict[int, list[int]], num_blocks: int
+) -> None:
+    engine = engine_with(runner, num_blocks=num_blocks, max_num_seqs=6, budget=20, overlap=True)
+    completions, preempted = complete(engine, requests)
+    assert completions == one_by_one and (preempted > 0) == (num_blocks == 24)
+
+
 def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path, runner: ModelRunner) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -64,5 +64,5 @@ def test_the_largest_batch_fills_the_budget_and_runs_over_one_block(checkpoint: 
     config = config_for(checkpoint)
     runner = build_runner(config, load_shape(config.model), TensorParallel(), CPU)
     before = runner.kv_cache.clone()
-    assert len(runner.execute(batch)) == batch.num_samples
+    assert len(runner.execute(batch).token_ids) == batch.num_samples
     assert torch.equal(runner.kv_cache, before)

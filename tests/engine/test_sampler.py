@@ -19,7 +19,9 @@ EOS = frozenset({2})
 def batch_of(rows: list[SamplingRow]) -> Batch:
     """The batch in which every row prefills `position` tokens and draws its first one."""
     builder = BatchBuilder(len(rows), 1, 4, EOS)
-    sequences = [Sequence.from_request(Request(i, [3] * row.position, row.params, row.seed), 0.0) for i, row in enumerate(rows)]
+    sequences = [
+        Sequence.from_request(Request(i, [3] * row.position, row.params, row.seed), 0.0, 100) for i, row in enumerate(rows)
+    ]
     for seq in sequences:
         seq.block_table = [seq.request.request_id]
     return builder.build(ScheduledBatch(sequences, [row.position for row in rows]))

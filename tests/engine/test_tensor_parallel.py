@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -24,11 +25,11 @@ def requests_for(vocab_size: int) -> list[Request]:
     return greedy + drawn
 
 
-def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) -> None:
+def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path, overlap: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    config = config_for(checkpoint)
+    config = config_for(checkpoint, overlap=overlap)
     shape = load_shape(config.model)
     parallel = init_distributed(CPU)
     if rank == 0:
@@ -40,13 +41,14 @@ def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) ->
     parallel.close()  # gloo's threads abort a process that exits under them
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_ranks_equal_one(tmp_path: Path, overlap: bool) -> None:
     checkpoint, answer = tmp_path / "checkpoint", tmp_path / "answer.pt"
     save_checkpoint(checkpoint)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(2, port, checkpoint, answer), nprocs=2)
+    mp.spawn(run_rank, args=(2, port, checkpoint, answer, overlap), nprocs=2)
     config = config_for(checkpoint)
     shape = load_shape(config.model)
     engine = build_engine(config, shape, TensorParallel(), CPU)
