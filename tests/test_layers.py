@@ -20,11 +20,13 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
     "machines": "engine.engine job.placing job.node job.replica",
-    "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.model_runner model.llama model.loader",
+    "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.logprobs engine.model_runner "
+    "model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
     "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
-    "facts": "hardware data.schema ops.reference ops.reference_attention ops.reference_sampling",
+    "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
+    "ops.reference_sampling ops.reference_logprobs",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
 }

@@ -1,5 +1,25 @@
 """The operations that a model and the engine are made of. What they compute is specified in `reference.py`."""
 
-from batchinfer.ops.reference import paged_attention, rms_norm, rope_and_cache, sample, silu_and_mul
+from batchinfer.ops.reference import (
+    LogProbabilities,
+    apply_penalties,
+    apply_token_bitmask,
+    log_probabilities,
+    paged_attention,
+    rms_norm,
+    rope_and_cache,
+    sample,
+    silu_and_mul,
+)
 
-__all__ = ["paged_attention", "rms_norm", "rope_and_cache", "sample", "silu_and_mul"]
+__all__ = [
+    "LogProbabilities",
+    "apply_penalties",
+    "apply_token_bitmask",
+    "log_probabilities",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "silu_and_mul",
+]

@@ -4,7 +4,8 @@ Exact in the sense that float64 input is computed in float64; half types accumul
 strided views, and skips padding (slot -1, sequences without tokens). May read small index tensors back to the host.
 
 Letters of shapes: T tokens of the step, S sequences, H query heads, K key-value heads, D head dimension, V vocabulary.
-Attention over the paged cache is in `reference_attention.py`, drawing tokens in `reference_sampling.py`.
+Attention over the paged cache is in `reference_attention.py`. What comes after the logits: `reference_penalties.py` for
+masks and penalties, `reference_sampling.py` for drawing tokens, `reference_logprobs.py` for log-probabilities.
 """
 
 from __future__ import annotations
@@ -12,10 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchinfer.ops.precision import accumulation_dtype
 from batchinfer.ops.reference_attention import paged_attention
+from batchinfer.ops.reference_logprobs import LogProbabilities, log_probabilities
+from batchinfer.ops.reference_penalties import apply_penalties, apply_token_bitmask
 from batchinfer.ops.reference_sampling import sample
 
-__all__ = ["paged_attention", "rms_norm", "rope_and_cache", "sample", "silu_and_mul"]
+__all__ = [
+    "LogProbabilities",
+    "apply_penalties",
+    "apply_token_bitmask",
+    "log_probabilities",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "silu_and_mul",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -66,7 +80,3 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [T, 2I] = (gate, up): the gated MLP's activation. Returns [T, I]."""
     gate, up = gate_up.to(accumulation_dtype(gate_up.dtype)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
