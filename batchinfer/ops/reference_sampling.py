@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchinfer.ops.precision import accumulation_dtype
+
 CHUNK_ELEMENTS = 2**23  # logits worked on at once: noise and filters take some 100 bytes for each
 WORD = 0xFFFFFFFF  # Philox works on unsigned 32-bit words; they lie in int64 here
 
@@ -24,9 +26,10 @@ def sample(
     tokens = logits.argmax(-1)
     drawn = torch.nonzero(temperature > 0).flatten()
     for rows in drawn.split(max(1, CHUNK_ELEMENTS // logits.shape[1])):
-        scores = logits[rows].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        # The maximum goes first, so that a tiny temperature gives 0 for it and -inf for the rest, never inf - inf.
-        scores = (scores - scores.amax(-1, keepdim=True)) / temperature[rows].to(scores.dtype).unsqueeze(1)
+        scores = logits[rows].to(accumulation_dtype(logits.dtype))
+        # The maximum goes first and nothing is divided by 0, so that a tiny temperature gives 0 for it and -inf for the rest.
+        heat = temperature[rows].to(scores.dtype).clamp(min=torch.finfo(scores.dtype).tiny)
+        scores = (scores - scores.amax(-1, keepdim=True)) / heat.unsqueeze(1)
         scores = _filter_rows(scores, top_k[rows], top_p[rows], min_p[rows])
         noise = gumbel_noise(seeds[rows], positions[rows], scores.shape[1])
         tokens[rows] = (scores + noise.to(scores.dtype)).argmax(-1)

@@ -27,7 +27,7 @@ def test_philox_known_answers(words, answer):
 
 def _sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, positions=None):
     rows = len(logits)
-    full = lambda value, dtype=torch.float32: torch.full((rows,), value, dtype=dtype)  # noqa: E731
+    full = lambda value, dtype=torch.float64: torch.full((rows,), value, dtype=dtype)  # noqa: E731
     seeds = torch.arange(rows) if seeds is None else seeds
     positions = full(5, torch.int32) if positions is None else positions
     return sample(logits, full(temperature), full(top_k, torch.int32), full(top_p), full(min_p), seeds, positions)
@@ -101,8 +101,59 @@ def test_noise_does_not_depend_on_the_size_of_the_vocabulary():
     assert torch.equal(gumbel_noise(seeds, positions, 1000)[:, :13], gumbel_noise(seeds, positions, 13))
 
 
-def test_greedy_and_tiny_temperatures_take_the_likeliest():
-    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(_sample(logits, temperature=0.0), logits.argmax(-1))
-    assert torch.equal(_sample(logits, temperature=1e-30), logits.argmax(-1))
-    assert torch.equal(_sample(logits.bfloat16(), top_p=1e-9), logits.bfloat16().argmax(-1))
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1e-8},
+        {"temperature": 1e-30},
+        {"temperature": 5e-324},
+        {"top_p": 1e-9},
+        {"top_p": 5e-324},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"temperature": 1e-8, "top_p": 1e-9, "top_k": 9, "min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_extremes_take_the_likeliest(extreme, dtype):
+    logits = torch.rand(5, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    logits[:, 7], logits[:, 3] = 9.0, -torch.inf
+    assert _sample(logits, **extreme).tolist() == [7] * 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_stay_equal_at_the_tiniest_temperature(dtype):
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0], dtype=dtype).expand(200, 4)
+    for temperature in (1e-8, 5e-324):  # the least float64 is 0 in float32
+        assert 60 < int((_sample(logits, temperature) == 3).sum()) < 140
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 9}, {"top_p": 0.5}, {"min_p": 0.5}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_only_token_that_may_come_comes(dtype, limits):
+    logits = torch.full((3, 50), -torch.inf, dtype=dtype)
+    logits[:, 11] = -300.0
+    assert _sample(logits, temperature=1.3, **limits).tolist() == [11] * 3
+
+
+def test_limits_that_cut_nothing_change_nothing():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(3))
+    plain = _sample(logits)
+    assert len(plain.unique()) > 10
+    for limits in ({"top_k": 50}, {"top_k": 10**6}, {"top_p": 1 - 1e-12}, {"min_p": 1e-300}):
+        assert torch.equal(_sample(logits, **limits), plain)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}])
+@pytest.mark.parametrize("poison", [[torch.nan], [torch.inf], [-torch.inf] * 50, [torch.nan] * 50])
+def test_a_broken_row_spoils_no_other(poison, limits):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
+    before = _sample(logits, **limits).tolist()
+    logits[1, : len(poison)] = torch.tensor(poison)
+    after = _sample(logits, **limits).tolist()
+    assert after[::2] == before[::2] and 0 <= after[1] < 50
