@@ -131,7 +131,8 @@ class ModelRunner:
         """Rank 0: launch the drawing of tokens, which stay on the device for the next step and go to the host beside it."""
         if forward.logits is None:
             return Drawn(torch.empty(0, dtype=torch.int32), None)
-        token_ids = sample_tokens(forward.logits, batch, forward.step).int()
+        token_cache = self.token_cache[:-1].view(self.num_blocks, -1)
+        token_ids = sample_tokens(forward.logits, batch, forward.step, token_cache).token_ids.int()
         self._keep(token_ids, forward.step)
         if self.device.type != "cuda":
             return Drawn(token_ids, None)
