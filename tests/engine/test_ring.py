@@ -179,6 +179,18 @@ def test_a_reader_of_a_killed_writer_says_so(start: Start, size: int) -> None:
 
 
 @pytest.mark.usefixtures("quick_polls")
+def test_a_writer_that_dies_after_its_last_word_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, (reader,) = attached(RingShape(1))
+
+    def speak_and_die(pid: int, started: int) -> bool:
+        writer.put(b"stop")
+        return False
+
+    monkeypatch.setattr(ring, "is_alive", speak_and_die)
+    assert bytes(reader.get()) == b"stop"
+
+
+@pytest.mark.usefixtures("quick_polls")
 def test_the_writer_to_a_killed_reader_says_so(start: Start) -> None:
     writer = RingWriter(RingShape(2, num_slots=2))
     (victim, pipe), (_, other) = (start(read_forever, writer.address, rank) for rank in (1, 2))
@@ -206,6 +218,10 @@ def test_the_writer_gives_up_on_a_reader_that_lives_and_reads_nothing() -> None:
     ):
         writer.put(b"1")
     assert 0.9 < time.monotonic() - begin < 5
+    begin = time.monotonic()
+    with pytest.raises(RingError, match=r"took no batch for 1 s"):  # at once: the engine that fails also says stop
+        writer.put(b"")
+    assert time.monotonic() - begin < 0.9
 
 
 def test_time_in_which_the_writer_was_suspended_does_not_count(start: Start) -> None:
@@ -213,6 +229,7 @@ def test_time_in_which_the_writer_was_suspended_does_not_count(start: Start) -> 
     reader = RingReader(pipe.recv(), 1)
     pipe.send("go")
     reader.get()
+    time.sleep(0.2)  # the ring is full again, and it waits
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(1.5)
