@@ -20,10 +20,10 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
     "machines": "engine.engine job.placing job.node job.replica",
-    "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.logprobs engine.model_runner "
+    "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.model_runner "
     "model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-    "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
+    "engine.ring data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",
@@ -51,7 +51,7 @@ CONTROL_PLANE = (
     "model.config",
 )
 DATA_PLANE = ("worker", "engine", "model", "ops")
-WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.sequence")
+WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.sequence", "engine.ring")
 TORCH = {"torch", "transformers", "safetensors.torch"}
 LAUNCHING = {"hydra", "omegaconf", "submitit"}
 

@@ -3,7 +3,7 @@
 A `Batch` *is* its buffer: a header of sizes, then one array after another, so sharing it with another host or copying it to a
 GPU is one transfer. T tokens, S sequences, B blocks in the longest block table, N sequences that draw a token, F tokens that
 may not be drawn, P prompt tokens whose log-probabilities are asked for. Rank 0 builds batches (`BatchBuilder`), the others
-receive them (`BatchChannel`).
+receive them (`engine.channel`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from batchinfer.engine.scheduler import ScheduledBatch
 from batchinfer.engine.sequence import PENDING, Sequence
@@ -313,34 +312,3 @@ def _scheduled_token_ids(sequences: list[Sequence], counts: list[int]) -> list[i
         else:
             token_ids += seq.token_ids[start : start + count]
     return token_ids
-
-
-class BatchChannel:
-    """Carries batches from rank 0 to the other ranks' hosts over a gloo group: the size in words first, then the words.
-
-    Size 0 is the message to stop. NCCL would do the same only after a wait on the GPU.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def send(self, batch: Batch) -> None:
-        buffer = batch.pack()
-        self._broadcast(np.array([buffer.size], dtype=np.int64))
-        self._broadcast(buffer)
-
-    def send_stop(self) -> None:
-        self._broadcast(np.zeros(1, dtype=np.int64))
-
-    def receive(self) -> Batch | None:
-        """The next batch; None: rank 0 has sent `send_stop`."""
-        size = np.zeros(1, dtype=np.int64)
-        self._broadcast(size)
-        if size[0] == 0:
-            return None
-        buffer = np.empty(int(size[0]), dtype=np.int32)
-        self._broadcast(buffer)
-        return Batch.unpack(buffer)
-
-    def _broadcast(self, array: np.ndarray) -> None:
-        dist.broadcast(torch.from_numpy(array), group=self.group, group_src=0)

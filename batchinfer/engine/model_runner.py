@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from batchinfer.config import Config, ConfigError, EngineConfig
-from batchinfer.engine.batch import Batch, BatchArrays, BatchChannel
+from batchinfer.engine.batch import Batch, BatchArrays
+from batchinfer.engine.channel import open_channel
 from batchinfer.engine.sampler import sample_tokens
 from batchinfer.engine.sequence import StepResult
 from batchinfer.hardware import GIB, available_memory
@@ -83,7 +84,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
-        self.channel = BatchChannel(parallel.host_group) if parallel.host_group is not None else None
+        self.channel = open_channel(parallel.host_group) if parallel.host_group is not None else None
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
