@@ -22,7 +22,7 @@ LAYERS = {
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.sampler engine.model_runner model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-    "data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
+    "engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.reference ops.reference_attention ops.reference_sampling",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
@@ -49,7 +49,7 @@ CONTROL_PLANE = (
     "model.config",
 )
 DATA_PLANE = ("worker", "engine", "model", "ops")
-WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.sequence")
+WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.ordering", "engine.sequence")
 TORCH = {"torch", "transformers", "safetensors.torch"}
 LAUNCHING = {"hydra", "omegaconf", "submitit"}
 

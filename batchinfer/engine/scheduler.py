@@ -116,9 +116,9 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """Give `seq` the block its next token needs, from the youngest ones if need be. False: it was the youngest itself."""
-        if not self.blocks.can_allocate(seq, seq.num_tokens):
-            self._free_ended()
         while not self.blocks.can_allocate(seq, seq.num_tokens):
+            if self._free_ended():
+                continue
             youngest = next(other for other in reversed(self.running.values()) if other.block_table)
             self._preempt(youngest)
             batch.preempted.append(youngest)
@@ -127,11 +127,12 @@ class Scheduler:
         self.blocks.allocate(seq, seq.num_tokens)
         return True
 
-    def _free_ended(self) -> None:
-        """Take the blocks of rows whose last token is drawn and not yet read: no step to come uses them."""
-        for seq in self.running.values():
-            if seq.num_tokens == seq.max_num_tokens:
-                self.blocks.free(seq)
+    def _free_ended(self) -> bool:
+        """Take the blocks of rows whose last token is drawn and not yet read: no step to come uses them. False: none had any."""
+        ended = [seq for seq in self.running.values() if seq.num_tokens >= seq.max_num_tokens and seq.block_table]
+        for seq in ended:
+            self.blocks.free(seq)
+        return bool(ended)
 
     def _preempt(self, seq: Sequence) -> None:
         del self.running[seq.request.request_id]
