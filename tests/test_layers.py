@@ -23,7 +23,7 @@ LAYERS = {
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.model_runner "
     "model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-    "engine.ring data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
+    "engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",
@@ -51,7 +51,14 @@ CONTROL_PLANE = (
     "model.config",
 )
 DATA_PLANE = ("worker", "engine", "model", "ops")
-WITHOUT_TORCH = (*CONTROL_PLANE, "engine.scheduler", "engine.block_manager", "engine.sequence", "engine.ring")
+WITHOUT_TORCH = (
+    *CONTROL_PLANE,
+    "engine.scheduler",
+    "engine.block_manager",
+    "engine.ordering",
+    "engine.sequence",
+    "engine.ring",
+)
 TORCH = {"torch", "transformers", "safetensors.torch"}
 LAUNCHING = {"hydra", "omegaconf", "submitit"}
 

@@ -81,6 +81,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_cached_blocks: int = 0  # leading blocks of `block_table` that the prefix cache knows
     num_preemptions: int = 0
     num_prefilled_tokens: int = 0  # high-water mark: what lies below it is recomputed after a preemption
     admitted_s: float = 0.0  # monotonic clock, when Engine.add was called
