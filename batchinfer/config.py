@@ -125,7 +125,7 @@ class EngineConfig:
     max_num_seqs: int = _key(256, THROUGHPUT, "sequences running at once", minimum=1)
     max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
-    prefix_caching: bool = _key(False, THROUGHPUT, "share the KV of equal prompt beginnings", only=False)
+    prefix_caching: bool = _key(True, THROUGHPUT, "share the KV of equal prompt beginnings")
     cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
     overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
     attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))

@@ -177,6 +177,7 @@ class Engine:
             stats.prefill_seqs += 1
             stats.recomputed_tokens += max(0, min(start + count, known) - start)
             stats.prefill_tokens += max(0, min(start + count, seq.num_prompt_tokens) - max(start, known))
+        stats.prefix_hit_tokens = scheduled.prefix_hit_tokens
         stats.decode_seqs = len(scheduled.sequences) - stats.prefill_seqs
         stats.running, stats.waiting = self.num_running, self.num_waiting
         stats.preempted, self.num_preempted = self.num_preempted, 0
@@ -238,7 +239,7 @@ class Engine:
 def build_engine(config: Config, shape: ModelShape, parallel: TensorParallel, device: torch.device) -> Engine:
     """Rank 0's engine, ready to step. The other ranks call `serve(build_runner(...))` with the same arguments."""
     runner = build_runner(config, shape, parallel, device)
-    blocks = BlockManager(runner.num_blocks, config.engine.block_size)
+    blocks = BlockManager(runner.num_blocks, config.engine.block_size, config.engine.prefix_caching)
     scheduler = Scheduler(blocks, config.engine.max_num_seqs, config.engine.max_num_batched_tokens, runner.max_model_len)
     engine = Engine(runner, scheduler, frozenset(shape.eos_token_ids), config.engine.overlap)
     engine.phases = runner.phases

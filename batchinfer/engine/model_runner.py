@@ -16,11 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from batchinfer import ops
 from batchinfer.config import Config, ConfigError, EngineConfig
 from batchinfer.engine.batch import Batch, BatchArrays
 from batchinfer.engine.channel import open_channel
+from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import sample_tokens
-from batchinfer.engine.sequence import StepResult
+from batchinfer.engine.sequence import StepResult, TokenLogprobs
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
@@ -43,20 +45,41 @@ class Forward:
 
     step: BatchArrays[torch.Tensor]  # the batch on the device
     logits: torch.Tensor | None  # [N, vocab_size]; None: no sequence draws a token
+    prompt_logprobs: ops.LogProbabilities | None  # of the batch's prompt positions; None: nobody asked, or another rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Drawn tokens on their way from the device to the host."""
+    """What a step drew, on its way from the device to the host."""
 
-    token_ids: torch.Tensor  # [N] on the host, not to be read before `arrived`
-    arrived: torch.cuda.Event | None  # None: they were drawn on the host
+    batch: Batch
+    token_ids: torch.Tensor  # [N] on the host, as all tensors here; not to be read before `arrived`
+    logprobs: ops.LogProbabilities | None  # of the rows that asked
+    prompt_logprobs: ops.LogProbabilities | None
+    arrived: torch.cuda.Event | None  # None: it was drawn on the host
 
     def result(self) -> StepResult:
-        """Waits until the device has drawn them."""
+        """Waits until the device has drawn the tokens."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return StepResult(self.token_ids.tolist())
+        token_ids, batch = self.token_ids.tolist(), self.batch
+        prompt = self.prompt_logprobs
+        return StepResult(
+            token_ids,
+            None if self.logprobs is None else self._logprobs(self.logprobs, token_ids),
+            [] if prompt is None else token_logprobs(prompt, batch.prompt_targets.tolist(), batch.prompt_num_logprobs.tolist()),
+        )
+
+    def _logprobs(self, told: ops.LogProbabilities, token_ids: list[int]) -> list[TokenLogprobs | None]:
+        """For each of the N rows."""
+        counts = self.batch.num_logprobs
+        (asking,) = np.nonzero(counts >= 0)
+        rows: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for row, answer in zip(
+            asking, token_logprobs(told, self.token_ids[asking].tolist(), counts[asking].tolist()), strict=True
+        ):
+            rows[row] = answer
+        return rows
 
 
 class ModelRunner:
@@ -124,23 +147,36 @@ class ModelRunner:
             context_lens=step.context_lens,
         )
         hidden = self.model(token_ids, step.positions, attention, self.kv_caches)
+        # Every rank: they gather the vocabulary.
         logits = self.model.logits(hidden.index_select(0, step.sample_rows)) if batch.num_samples else None
-        return Forward(step, logits)
+        return Forward(step, logits, self._prompt_logprobs(batch, step, hidden))
+
+    def _prompt_logprobs(
+        self, batch: Batch, step: BatchArrays[torch.Tensor], hidden: torch.Tensor
+    ) -> ops.LogProbabilities | None:
+        if len(batch.prompt_rows) == 0:
+            return None
+        k = int(batch.prompt_num_logprobs.max())
+        return prompt_log_probabilities(
+            self.model.logits, hidden, step.prompt_rows, step.prompt_targets, k, self.shape.vocab_size
+        )
 
     @torch.inference_mode()
     def sample(self, batch: Batch, forward: Forward) -> Drawn:
         """Rank 0: launch the drawing of tokens, which stay on the device for the next step and go to the host beside it."""
-        if forward.logits is None:
-            return Drawn(torch.empty(0, dtype=torch.int32), None)
-        token_cache = self.token_cache[:-1].view(self.num_blocks, -1)
-        token_ids = sample_tokens(forward.logits, batch, forward.step, token_cache).token_ids.int()
-        self._keep(token_ids, forward.step)
-        if self.device.type != "cuda":
-            return Drawn(token_ids, None)
+        token_ids, logprobs = torch.empty(0, dtype=torch.int32), None
+        if forward.logits is not None:
+            token_cache = self.token_cache[:-1].view(self.num_blocks, -1)
+            sampled = sample_tokens(forward.logits, batch, forward.step, token_cache)
+            token_ids, logprobs = sampled.token_ids.int(), sampled.logprobs
+            self._keep(token_ids, forward.step)
         on_host = token_ids.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return Drawn(on_host, arrived)
+        told, prompt_told = _to_host(logprobs), _to_host(forward.prompt_logprobs)
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Drawn(batch, on_host, told, prompt_told, arrived)
 
     @torch.inference_mode()
     def follow(self, batch: Batch) -> None:
@@ -158,6 +194,11 @@ class ModelRunner:
         if self.overlap:
             self.parallel.broadcast(token_ids)
             self.last_tokens[step.sample_slots] = token_ids
+
+
+def _to_host(told: ops.LogProbabilities | None) -> ops.LogProbabilities | None:
+    """Copies that are under way; nobody waits for them here."""
+    return None if told is None else ops.LogProbabilities(*(tensor.to("cpu", non_blocking=True) for tensor in told))
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

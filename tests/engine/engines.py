@@ -42,13 +42,18 @@ def make_requests(count: int, vocab_size: int, **sampling: object) -> list[Reque
 
 
 def engine_with(
-    runner: ModelRunner, num_blocks: int = 200, max_num_seqs: int = 8, budget: int = 32, overlap: bool = False
+    runner: ModelRunner,
+    num_blocks: int = 200,
+    max_num_seqs: int = 8,
+    budget: int = 32,
+    overlap: bool = False,
+    prefix_caching: bool = False,
 ) -> Engine:
     """An engine with another pool and other limits over the same weights."""
     config = EngineConfig(block_size=4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, overlap=overlap)
     dtype = runner.kv_cache.dtype
     fresh = ModelRunner(runner.shape, runner.model, runner.parallel, config, MAX_MODEL_LEN, dtype, CPU, num_blocks)
-    scheduler = Scheduler(BlockManager(num_blocks, 4), max_num_seqs, budget, MAX_MODEL_LEN)
+    scheduler = Scheduler(BlockManager(num_blocks, 4, prefix_caching), max_num_seqs, budget, MAX_MODEL_LEN)
     return Engine(fresh, scheduler, frozenset(runner.shape.eos_token_ids), overlap)
 
 

@@ -23,6 +23,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import Request, SamplingParams, StepResult, StepStats, TokenOutput
 
 VOCAB, EOS, MAX_MODEL_LEN = 40, 0, 40
+COMMON = [7, 3, 1, 9, 4, 4, 2, 8, 30, 21, 5, 6]  # what some prompts begin with
 
 
 def next_token(tokens: list[int]) -> int:
@@ -104,15 +105,22 @@ class DrawnTokens:
 
 
 def make_engine(
-    num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8, budget: int = 16, overlap: bool = False
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 16,
+    overlap: bool = False,
+    prefix_caching: bool = False,
 ) -> tuple[Engine, HashRunner]:
     runner = HashRunner(num_blocks, block_size)
-    scheduler = Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, budget, MAX_MODEL_LEN)
+    scheduler = Scheduler(BlockManager(num_blocks, block_size, prefix_caching), max_num_seqs, budget, MAX_MODEL_LEN)
     return Engine(runner, scheduler, frozenset({EOS}), overlap), runner
 
 
 def make_request(request_id: int, rng: random.Random, **sampling: object) -> Request:
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 25))]
+    if rng.random() < 0.5:
+        prompt = COMMON[: len(prompt) // 2] + prompt[len(prompt) // 2 :]
     chosen = {"max_tokens": rng.randint(1, 20), "min_tokens": rng.randint(0, 4), "ignore_eos": rng.random() < 0.5, **sampling}
     return Request(request_id, prompt, SamplingParams(**chosen), seed=request_id)  # type: ignore[arg-type]
 
@@ -154,10 +162,13 @@ def run_to_end(engine: Engine) -> Answers:
     max_num_seqs=st.integers(1, 8),
     budget=st.integers(1, 40),
     overlap=st.booleans(),
+    prefix_caching=st.booleans(),
 )
-def test_answers_and_sums_are_exact(seed: int, num_blocks: int, max_num_seqs: int, budget: int, overlap: bool) -> None:
+def test_answers_and_sums_are_exact(
+    seed: int, num_blocks: int, max_num_seqs: int, budget: int, overlap: bool, prefix_caching: bool
+) -> None:
     rng = random.Random(seed)
-    engine, runner = make_engine(num_blocks, 4, max_num_seqs, budget, overlap)
+    engine, runner = make_engine(num_blocks, 4, max_num_seqs, budget, overlap, prefix_caching)
     requests = [make_request(i, rng) for i in range(12)]
     for request in requests:
         engine.add(request)
@@ -166,13 +177,14 @@ def test_answers_and_sums_are_exact(seed: int, num_blocks: int, max_num_seqs: in
         r.request_id: expected(r) for r in requests
     }
     prompts, completions = sum(len(r.prompt_token_ids) for r in requests), sum(len(t) for t in answers.tokens.values())
-    assert answers.total("prefill_tokens") == prompts
+    hits = answers.total("prefix_hit_tokens")
+    assert answers.total("prefill_tokens") + hits == prompts and (prefix_caching or hits == 0)
     assert answers.total("decode_tokens") == completions
-    computed = prompts + answers.total("recomputed_tokens") + completions - len(requests)
+    computed = prompts - hits + answers.total("recomputed_tokens") + completions - len(requests)
     # With overlap a sequence that stops by itself has one more step under way, which nobody reads.
     wasted = sum(reason == "stop" for reason in answers.reasons.values()) if overlap else 0
     assert computed <= runner.num_tokens <= computed + wasted
-    assert (answers.total("recomputed_tokens") > 0) == (answers.total("preempted") > 0)
+    assert prefix_caching or (answers.total("recomputed_tokens") > 0) == (answers.total("preempted") > 0)
     assert sum(len(stats.ttft_s) for stats in answers.stats) == len(requests)
     assert sum(len(stats.inter_token_s) for stats in answers.stats) == completions - len(requests)
     assert engine.scheduler.blocks.num_used_blocks == 0 and len(engine.builder.free_rows) == engine.scheduler.max_num_seqs
@@ -189,10 +201,10 @@ def test_a_tiny_pool_preempts() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), num_blocks=st.sampled_from([10, 20]), overlap=st.booleans())
-def test_requests_may_come_and_go_at_any_moment(seed: int, num_blocks: int, overlap: bool) -> None:
+@given(seed=st.integers(0, 2**32), num_blocks=st.sampled_from([10, 20]), overlap=st.booleans(), prefix_caching=st.booleans())
+def test_requests_may_come_and_go_at_any_moment(seed: int, num_blocks: int, overlap: bool, prefix_caching: bool) -> None:
     rng = random.Random(seed)
-    engine, _ = make_engine(num_blocks, 4, max_num_seqs=5, budget=12, overlap=overlap)
+    engine, _ = make_engine(num_blocks, 4, max_num_seqs=5, budget=12, overlap=overlap, prefix_caching=prefix_caching)
     requests = {i: make_request(i, rng) for i in range(20)}
     to_come, aborted, answers = list(requests), set(), Answers()
     while to_come or engine.has_work():

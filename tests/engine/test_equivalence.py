@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,25 @@ def test_preemption_changes_nothing(runner: ModelRunner, requests: list[Request]
     completions, preempted = complete(engine_with(runner, num_blocks=24, budget=64), requests)
     assert preempted > 3
     assert completions == one_by_one
+
+
+@pytest.mark.parametrize("num_blocks", [200, 24])
+def test_a_shared_prefix_changes_nothing(
+    runner: ModelRunner, requests: list[Request], one_by_one: dict[int, list[int]], num_blocks: int
+) -> None:
+    """The requests twice, so that the second ones find the blocks of the first."""
+    again = [replace(request, request_id=100 + request.request_id) for request in requests]
+    engine = engine_with(runner, num_blocks=num_blocks, budget=64, prefix_caching=True)
+    completions, hits = {}, 0
+    for request in [r for pair in zip(requests, again, strict=True) for r in pair]:
+        engine.add(request)
+    while engine.has_work():
+        outputs, stats = engine.step()
+        hits += stats.prefix_hit_tokens
+        for output in outputs:
+            completions.setdefault(output.request_id, []).extend(output.token_ids)
+    assert completions == one_by_one | {100 + i: tokens for i, tokens in one_by_one.items()}
+    assert hits > 200
 
 
 @pytest.mark.parametrize("num_blocks", [200, 24])
