@@ -19,7 +19,7 @@ import torch.distributed as dist
 from batchinfer import ops
 from batchinfer.config import Config, ConfigError, EngineConfig
 from batchinfer.engine.batch import Batch, BatchArrays
-from batchinfer.engine.channel import open_channel
+from batchinfer.engine.channel import BatchChannel, open_channel
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import sample_tokens
 from batchinfer.engine.sequence import StepResult, TokenLogprobs
@@ -99,6 +99,7 @@ class ModelRunner:
         dtype: torch.dtype,
         device: torch.device,
         num_blocks: int,
+        channel: BatchChannel | None = None,
     ) -> None:
         self.shape = shape
         self.model = model
@@ -107,7 +108,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
-        self.channel = open_channel(parallel.host_group) if parallel.host_group is not None else None
+        self.channel = channel  # to the other ranks' hosts; None: there are none, or nothing is shared yet
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
@@ -225,7 +226,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
     num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
     del profiler
-    runner = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks)
+    channel = open_channel(parallel.host_group) if parallel.host_group is not None else None
+    runner = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks, channel)
     logger.info(
         "KV cache: %s blocks of %d tokens, %s; %s",
         f"{num_blocks:,}",
