@@ -23,7 +23,8 @@ LAYERS = {
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.model_runner model.llama model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-    "engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer data.chat data.prompts ops",
+    "engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer_files data.tokenizer "
+    "data.chat data.prompts ops",
     "values": "config publish engine.sequence model.config job.rundir job.process",
     "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",

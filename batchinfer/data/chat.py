@@ -21,7 +21,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchinfer.config import ConfigError
-from batchinfer.data.tokenizer import load_special_tokens, read_json
+from batchinfer.data.tokenizer_files import load_special_tokens, read_json
 
 
 class _GenerationBlock(jinja2.ext.Extension):

@@ -5,14 +5,13 @@ A `Tokenizer` is immutable and shared; an `IncrementalDecoder` and a `StopChecke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from batchinfer.config import ConfigError
+from batchinfer.data.tokenizer_files import load_backend, load_special_tokens
 
 _REPLACEMENT = "\ufffd"  # what a decoder says for bytes that are no character, or not yet one
 _SETTLE_AFTER = 8  # tokens decoded again and again before the decoder tries to move on
@@ -37,14 +36,9 @@ class Tokenizer:
     def load(cls, model_path: str | Path) -> Tokenizer:
         """Raises ConfigError when the folder has no readable tokenizer.json."""
         folder = Path(model_path)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not (folder / "tokenizer.json").is_file():
             raise ConfigError(_missing(folder))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"model.path: {str(path)!r} is not a tokenizer that `tokenizers` reads: {error}") from error
-        return cls(backend, load_special_tokens(folder))
+        return cls(load_backend(folder), load_special_tokens(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -77,31 +71,12 @@ def _missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"model.path={folder}: no such folder; give a checkpoint folder that holds tokenizer.json"
     if (folder / "tokenizer.model").is_file():
+        target = str(folder / "tokenizer.json")
         return (
-            f"model.path={folder}: has tokenizer.model but no tokenizer.json; convert it once with transformers:"
-            f" AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"model.path={folder}: has tokenizer.model but no tokenizer.json; convert it once, where transformers, sentencepiece"
+            f" and protobuf are installed: AutoTokenizer.from_pretrained({str(folder)!r}).backend_tokenizer.save({target!r})"
         )
     return f"model.path={folder}: has no tokenizer.json; text prompts need one, input.token_ids_column does not"
-
-
-def load_special_tokens(folder: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token` and the like by name. `tokenizer_config.json` wins over the older `special_tokens_map.json`."""
-    raw = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    tokens = {name: value["content"] if isinstance(value, dict) and "content" in value else value for name, value in raw.items()}
-    return {name: token for name, token in tokens.items() if name.endswith("_token") and isinstance(token, str)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the checkpoint; empty when there is no such file. Raises ConfigError when it is no object."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"model.path: {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"model.path: {str(path)!r} must hold a JSON object")
-    return value
 
 
 class IncrementalDecoder:

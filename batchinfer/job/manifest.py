@@ -31,6 +31,7 @@ from batchinfer.publish import Published, publish_bytes, replace_bytes
 
 PACKAGES = ("batchinfer", "torch", "pyarrow", "tokenizers", "safetensors", "jinja2")
 HASH_THREADS, HASH_BYTES = 4, 8 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 NOT_NULL = " not null"  # behind the type of an input column that can hold no null in any shard
 SHOWN_CHARACTERS = 120  # of a value in a refusal
 
@@ -139,8 +140,8 @@ def checkpoint_digests(path: str | Path | None) -> dict[str, str | None]:
     folder = None if path is None else Path(path)
     return {
         "model.weights_headers": _header_digest(folder),
-        "model.tokenizer": _files_digest(folder, "tokenizer.json", "tokenizer_config.json"),
-        "model.chat_template_file": _files_digest(folder, "chat_template.jinja"),
+        "model.tokenizer": _files_digest(folder, *TOKENIZER_FILES),
+        "model.chat_template_file": _files_digest(folder, *_chat_template_files(folder)),
         "model.config_json": _files_digest(folder, "config.json", "generation_config.json"),
     }
 
@@ -239,6 +240,11 @@ def _files_digest(folder: Path | None, *names: str) -> str | None:
         data = path.read_bytes()
         digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return digest.hexdigest() if found else None
+
+
+def _chat_template_files(folder: Path | None) -> list[str]:
+    named = [] if folder is None else sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return ["chat_template.jinja", *(f"additional_chat_templates/{path.name}" for path in named)]
 
 
 def _content_hash(path: Path) -> str:

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from batchinfer.config import ConfigError
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
+from tests.data.lookalikes import KINDS
 
 HYPOTHESIS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -84,6 +85,58 @@ def test_stop_strings_are_found_where_they_first_stand(tokenizer: Tokenizer, tex
     assert outcome == expected
 
 
+def first_stop(tokenizer: Tokenizer, ids: list[int], stop: list[str], min_tokens: int) -> str | None:
+    """The slow twin: after every token the whole text again. A match must end behind the text of the first `min_tokens`."""
+    floor = 0
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count]).rstrip("\ufffd")
+        if count <= min_tokens:
+            floor = max(floor, len(text))
+            continue
+        starts = [i for s in stop for i in range(len(text)) if text.startswith(s, i) and i + len(s) > floor]
+        if starts:
+            return text[: min(starts)]
+    return None
+
+
+@pytest.fixture(
+    scope="module", params=["llama 2", "llama 2, legacy", "mistral v3", "llama 3", "qwen 3", "llama 2, no prefix space"]
+)
+def real_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(KINDS[request.param](tmp_path_factory.mktemp("checkpoint")))
+
+
+@settings(HYPOTHESIS, max_examples=150)
+@seed(0)
+@given(data=st.data())
+def test_stop_strings_in_any_ids(real_kind: Tokenizer, data: st.DataObject) -> None:
+    words = real_kind.encode_batch(["it is é 你好 🎉 \ufffd\n", "<s></s>"], add_special_tokens=False)
+    token = st.integers(0, real_kind.vocab_size + 2) | st.sampled_from([token for ids in words for token in ids])
+    ids = data.draw(st.lists(token, max_size=40))
+    text = real_kind.decode(ids)
+    within = st.tuples(st.integers(0, max(0, len(text) - 1)), st.integers(1, 5)).map(lambda s: text[s[0] : s[0] + s[1]])
+    stop = data.draw(st.lists((within | st.text("itsé你 \n\ufffd", max_size=3)).filter(bool), max_size=3))
+    min_tokens = data.draw(st.integers(0, 12))
+    checker = StopChecker(tuple(stop), IncrementalDecoder(real_kind), min_tokens)
+    outcome, rest = None, ids
+    while rest and outcome is None:
+        size = data.draw(st.integers(1, 4))
+        outcome, rest = checker.push(rest[:size]), rest[size:]
+    assert outcome == first_stop(real_kind, ids, stop, min_tokens)
+
+
+@settings(HYPOTHESIS, max_examples=100)
+@seed(0)
+@given(data=st.data())
+def test_text_of_any_ids_bit_by_bit(real_kind: Tokenizer, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, real_kind.vocab_size + 2), max_size=80))
+    decoder = IncrementalDecoder(real_kind)
+    for count, token_id in enumerate(ids, 1):
+        assert decoder.add([token_id]) == real_kind.decode(ids[:count]).rstrip("\ufffd")
+        assert real_kind.decode(ids).startswith(real_kind.decode(ids[:count])[: decoder.settled_length])
+    assert decoder.finish() == real_kind.decode(ids)
+
+
 @pytest.mark.parametrize(("min_tokens", "expected"), [(0, ""), (1, "a"), (2, "aa"), (3, "aaa"), (4, None)])
 def test_min_tokens_shields_matches_that_end_in_them(tokenizer: Tokenizer, min_tokens: int, expected: str | None) -> None:
     ids = [tokenizer.encode_batch(["o"], add_special_tokens=False)[0][-1]] * 4
@@ -137,7 +190,7 @@ def test_missing_tokenizers_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"convert it once with transformers: AutoTokenizer.*save_pretrained"):
+    with pytest.raises(ConfigError, match=r"convert it once.*sentencepiece and protobuf.*backend_tokenizer\.save"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer"):

@@ -19,7 +19,15 @@ from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import RowRange, Shard
 from batchinfer.job import manifest as module
-from batchinfer.job.manifest import Manifest, check_weights, checkpoint_digests, fingerprint_of, hash_weights, request_of
+from batchinfer.job.manifest import (
+    TOKENIZER_FILES,
+    Manifest,
+    check_weights,
+    checkpoint_digests,
+    fingerprint_of,
+    hash_weights,
+    request_of,
+)
 from batchinfer.job.rundir import RunDir
 
 SHARDS = (Shard("a.parquet", 1000, 100, "aa"), Shard("b/c.parquet", 10, 3, "bb"))
@@ -52,7 +60,9 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     save_weights(folder / "model-1.safetensors", "x", b"1234")
     save_weights(folder / "model-2.safetensors", "y", b"5678")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json"):
+    (folder / "additional_chat_templates").mkdir()
+    templates = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
+    for name in (*TOKENIZER_FILES, *templates, "config.json", "generation_config.json"):
         (folder / name).write_text(f"content of {name}")
     return folder
 
@@ -153,7 +163,10 @@ def test_a_million_rows_are_small_and_load_fast(run_dir: RunDir) -> None:
     [
         ("tokenizer.json", "model.tokenizer"),
         ("tokenizer_config.json", "model.tokenizer"),
+        ("special_tokens_map.json", "model.tokenizer"),
+        ("added_tokens.json", "model.tokenizer"),
         ("chat_template.jinja", "model.chat_template_file"),
+        ("additional_chat_templates/rag.jinja", "model.chat_template_file"),
         ("config.json", "model.config_json"),
         ("generation_config.json", "model.config_json"),
         ("model-2.safetensors", "model.weights_headers"),
