@@ -260,7 +260,6 @@ def _given_token_ids(value: Any) -> list[int]:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """Messages as the template wants them. Null fields of a struct are left out: templates ask whether a field is there."""
     if isinstance(value, _Unreadable):
         raise RowError("bad_messages", f"the messages cannot be read: {value.reason}")
     if isinstance(value, str):
@@ -268,20 +267,29 @@ def _messages(value: Any) -> list[dict[str, Any]]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError("bad_messages", f"the messages are not JSON: {error}") from error
+    else:
+        value = _without_nulls(value)
     if value is None:
         raise RowError("null_prompt", "the messages are null")
     if not isinstance(value, list) or not value:
         raise RowError("bad_messages", "the messages must be a list of at least one {role, content}")
-    return [_message(i, message) for i, message in enumerate(value)]
+    for i, message in enumerate(value):
+        _check_message(i, message)
+    return value
 
 
-def _message(index: int, message: Any) -> dict[str, Any]:
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every struct of a column the fields of all of them; templates ask whether a field is there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_message(index: int, message: Any) -> None:
     if not isinstance(message, dict):
         raise RowError("bad_messages", f"message {index} is {type(message).__name__}, not {{role, content}}")
-    fields = {name: value for name, value in message.items() if value is not None or name == "content"}
-    if not isinstance(fields.get("role"), str):
+    if not isinstance(message.get("role"), str):
         raise RowError("bad_messages", f"message {index} has no role, which must be text")
-    content = fields.get("content")
-    if not isinstance(content, str | list) and not (content is None and "tool_calls" in fields):
+    content = message.get("content")
+    if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
         raise RowError("bad_messages", f"message {index} has no content, which must be text")
-    return fields

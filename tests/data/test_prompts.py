@@ -18,6 +18,7 @@ from batchinfer.data.prompts import PreparedRow, PromptBuilder, load_tokenizer, 
 from batchinfer.data.schema import ERROR_CODES
 from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.engine.sequence import SamplingParams
+from tests.data.lookalikes import TEMPLATES, llama_2, llama_3, mistral_v3, qwen
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.name is defined %}({{ m.name }}){% endif %}"
@@ -157,6 +158,54 @@ def test_chats_as_structs_and_as_json(prepare: Any, tokenizer: Tokenizer) -> Non
         assert rows[0].token_ids[0] != tokenizer.bos_token_id  # a template writes its special tokens itself
 
 
+@pytest.mark.parametrize("kind", ["llama-2", "llama-3.1", "mistral", "qwen-2.5", "qwen-3"])
+def test_chats_are_the_tokens_of_transformers(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    save = {"llama-2": llama_2, "llama-3.1": llama_3, "mistral": mistral_v3}.get(kind, qwen)
+    (save(tmp_path) / "chat_template.jinja").write_text((TEMPLATES / f"{kind}.jinja").read_text("utf-8"), "utf-8")
+    oracle = AutoTokenizer.from_pretrained(tmp_path)
+    question = {"role": "user", "content": "  what is é? "}
+    chats = [[question], [question, {"role": "assistant", "content": "It is.", "name": "x"}, question]]
+    variables = {"enable_thinking": False, "date_string": "1 Jan 2020"}
+    config = Config(input=InputConfig(messages_column="m", system_prompt="Be brief.", chat_template_kwargs=variables))
+    builder = PromptBuilder(config, Tokenizer.load(tmp_path), ChatTemplate.load(tmp_path, None), 1000, 1000)
+    system = {"role": "system", "content": "Be brief."}
+    expected = [
+        oracle.apply_chat_template([system, *chat], add_generation_prompt=True, **variables)["input_ids"] for chat in chats
+    ]
+    for column in (pa.array(chats), pa.array([json.dumps(chat) for chat in chats])):
+        rows = builder.prepare(pa.table({"m": column}), [("s", 0), ("s", 1)])
+        assert [row.token_ids for row in rows] == expected
+
+
+def test_fields_that_other_messages_have_are_not_there(prepare: Any, tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": {"city": "Graz"}}}
+    other = {"function": {"name": "g", "arguments": {"day": 3}}}
+    chat = [{"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "content": "b", "tool_calls": [other]}]
+    template = ChatTemplate.load(None, "{% for m in messages %}{{ m.tool_calls | tojson }}{{ 'content' in m }}{% endfor %}")
+    builder = PromptBuilder(Config(input=InputConfig(messages_column="m")), tokenizer, template, 500, 330)
+    (row,) = builder.prepare(pa.table({"m": [chat]}), [("s", 0)])
+    assert tokenizer.decode(row.token_ids or []) == f"{json.dumps([call])}False{json.dumps([other])}True"
+    explicit = [{"role": "user", "content": "a", "tool_calls": [{"arguments": {"city": None}}]}]
+    (row,) = builder.prepare(pa.table({"m": [json.dumps(explicit)]}), [("s", 0)])
+    assert '"city": null' in tokenizer.decode(row.token_ids or [])
+
+
+def test_a_row_that_ends_with_the_assistant(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate.load(
+        None, "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}{{ '>' if add_generation_prompt }}"
+    )
+    chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    for variables, expected in (
+        ({}, ["[user]a;>", "[user]a;[assistant]b;>"]),
+        ({"continue_final_message": True}, ["[user]a;>", "[user]a;[assistant]b"]),
+    ):
+        config = Config(input=InputConfig(messages_column="m", chat_template_kwargs=variables))
+        rows = PromptBuilder(config, tokenizer, template, 500, 330).prepare(pa.table({"m": chats}), [("s", 0), ("s", 1)])
+        assert decoded(rows, tokenizer) == expected
+
+
 def test_plain_prompts_as_chats(prepare: Any, tokenizer: Tokenizer) -> None:
     rows = prepare({"p": ["a", None]}, prompt_column="p", apply_chat_template=True, system_prompt="S")
     assert decoded(rows, tokenizer) == ["[system]S[user]a>", "null_prompt"]
@@ -180,6 +229,7 @@ def test_plain_prompts_as_chats(prepare: Any, tokenizer: Tokenizer) -> None:
         '[{"role": 1, "content": "a"}]',
         '[{"role": "user", "content": null}]',
         '[{"role": "user", "content": 5}]',
+        '[{"role": "assistant", "content": null, "tool_calls": []}]',
         "[" * 100_000,
     ],
 )
