@@ -5,6 +5,7 @@ Whatever is wrong with a row is said in its `PreparedRow`; only a request that c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,12 @@ class PromptBuilder:
         token_ids = self._tokenize([draft.content if isinstance(draft, _Draft) else [] for draft in drafts])
         return [self._prepared(draft, ids, key) for draft, ids, key in zip(drafts, token_ids, keys, strict=True)]
 
+    @functools.cached_property
+    def _all_in_vocabulary(self) -> bool:
+        """No text can have an id that the model does not know, so that none has to be looked through."""
+        is_text = self._source.token_ids_column is None
+        return is_text and self._tokenizer is not None and self._tokenizer.largest_id < self._vocab_size
+
     def _draft(self, row: Mapping[str, Any]) -> _Draft | RowError:
         try:
             return _Draft(self._sampling(row), self._content(row))
@@ -191,7 +198,7 @@ class PromptBuilder:
     def _fit(self, token_ids: list[int]) -> list[int]:
         """The ids as the model can take them: at least one, in the vocabulary, and with room for one token more."""
         token_ids = token_ids or self._beginning()
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+        if not self._all_in_vocabulary and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self._vocab_size)
             raise RowError("bad_token_ids", f"token id {wrong} is outside the model's vocabulary of {self._vocab_size:,}")
         room = self._max_model_len - 1

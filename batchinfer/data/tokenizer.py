@@ -5,6 +5,7 @@ A `Tokenizer` is immutable and shared; an `IncrementalDecoder` and a `StopChecke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Tokenizer:
         """Ids that have a token, added ones included. The model's embedding may be larger."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """No text has a token id above this; -1 without a vocabulary."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def eos_token_ids(self) -> list[int]:
         return [] if self.eos_token_id is None else [self.eos_token_id]
@@ -57,6 +63,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids: special tokens skipped, spaces left as they are, ids without a token ignored."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode_batch(self, token_ids: Sequence[list[int]]) -> list[str]:
+        """`decode` of many at once: in parallel, and without the GIL, which `decode` holds."""
+        texts: list[str] = self._backend.decode_batch(list(token_ids), skip_special_tokens=True)
+        return texts
 
     def gives_text(self, token_id: int) -> bool:
         """False for ids that `decode` leaves out: special tokens, and ids without a token."""

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -33,6 +33,7 @@ from batchinfer.publish import Published
 log = logging.getLogger(__name__)
 
 PREPARE_ROWS = 128  # rows rendered and tokenised in one call: enough to parallelise, little enough to start soon
+DECODE_ROWS = 256  # rows decoded in one call
 FULL_INTERVAL_S = 0.005  # how often a source with enough rows looks whether they still are enough
 CLAIM_INTERVAL_S = 1.0  # how often a replica with nothing to do looks for a unit that has become free
 MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system before the engine does
@@ -253,8 +254,7 @@ class CompletionSink:
 
     def _commit(self, unit: OpenUnit) -> None:
         results = [result for result in unit.results if result is not None]
-        for result in self._texts_to_decode(results):
-            result.completion = self._tokenizer.decode(result.token_ids) if self._tokenizer else None
+        self._decode([result for result in results if result.error is None and result.completion is None])
         table = unit_table(unit.inputs, unit.keys, results, self._config.output, self._replica, self._schema)
         footer = unit_footer(unit.number, 0, unit.inputs, table, results, self._replica, self._manifest.versions)
         self._before_commit()
@@ -265,6 +265,10 @@ class CompletionSink:
         self.totals.rows_committed += len(results)
         self.totals.units_committed += 1
 
-    @staticmethod
-    def _texts_to_decode(results: list[RowResult]) -> Iterator[RowResult]:
-        return (result for result in results if result.error is None and result.completion is None)
+    def _decode(self, results: list[RowResult]) -> None:
+        if self._tokenizer is None:
+            return
+        for start in range(0, len(results), DECODE_ROWS):
+            batch = results[start : start + DECODE_ROWS]
+            for result, text in zip(batch, self._tokenizer.decode_batch([r.token_ids for r in batch]), strict=True):
+                result.completion = text

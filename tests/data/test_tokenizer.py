@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,19 @@ def test_special_tokens(byte_level_folder: Path, byte_fallback_folder: Path) -> 
     assert tokenizer.decode([0, *plain, 1]) == "Hello"
     without = Tokenizer.load(byte_fallback_folder)  # a bos exists, but this post-processor adds none
     assert without.encode_batch(["Hello"], True) == without.encode_batch(["Hello"], False)
+
+
+def test_decoding_in_batches(tokenizer: Tokenizer) -> None:
+    many = [[], [5], [1, 2, 3, 300, 5000], list(range(tokenizer.vocab_size))]
+    assert tokenizer.decode_batch(many) == [tokenizer.decode(ids) for ids in many]
+    assert tokenizer.decode_batch([]) == []
+
+
+def test_the_largest_id(byte_level_folder: Path, byte_fallback_folder: Path) -> None:
+    assert Tokenizer.load(byte_level_folder).largest_id == 329
+    raw = json.loads((byte_fallback_folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["far"] = 70_000
+    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(raw)), {}).largest_id == 70_000
 
 
 def test_spaces_are_not_cleaned_up(byte_level_folder: Path) -> None:
