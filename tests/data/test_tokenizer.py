@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchinfer.config import ConfigError
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
-from tests.data.lookalikes import KINDS
+from tests.data.lookalikes import KINDS, TEXT
 
 HYPOTHESIS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -151,6 +151,13 @@ def test_a_match_may_begin_in_the_first_tokens(tokenizer: Tokenizer) -> None:
     assert StopChecker(("oo",), IncrementalDecoder(tokenizer), 2).push([o, o, o]) == "o"
 
 
+def test_text_that_is_taken_back_for_a_moment_still_shields(byte_fallback_folder: Path) -> None:
+    tokenizer = Tokenizer.load(byte_fallback_folder)
+    ids = [3 + byte for byte in "A你".encode()]  # A is no text again while the run of bytes behind it is incomplete
+    assert StopChecker(("A",), IncrementalDecoder(tokenizer), 2).push(ids) is None
+    assert StopChecker(("A",), IncrementalDecoder(tokenizer), 0).push(ids) == ""
+
+
 def test_no_half_character_is_shown(byte_level_folder: Path) -> None:
     tokenizer = Tokenizer.load(byte_level_folder)
     ids = tokenizer.encode_batch(["𝄞"], add_special_tokens=False)[0]
@@ -209,3 +216,25 @@ def test_missing_tokenizers_are_explained(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_the_conversion_that_is_named_works(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    from transformers import AutoTokenizer
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
+    with pytest.raises(ConfigError) as caught:
+        Tokenizer.load(tmp_path)
+    exec(f"from transformers import AutoTokenizer; {str(caught.value).partition('installed: ')[2]}")
+    assert Tokenizer.load(tmp_path).encode_batch(TEXT, True) == expected
