@@ -139,8 +139,8 @@ def _fill_random(slices: list[WeightSlice], seed: int, device: torch.device) -> 
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A whole parameter, the same on every rank: normal with RANDOM_STD, around 1 for norms, which are the vectors."""
+    """A whole parameter, the same on every rank: normal with RANDOM_STD, around 1 for norms."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
     whole = torch.empty(shape, dtype=dtype, device=device).normal_(0, RANDOM_STD, generator=generator)
-    return whole + 1 if len(shape) == 1 else whole
+    return whole + 1 if name.endswith("norm.weight") else whole
