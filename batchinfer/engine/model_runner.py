@@ -221,7 +221,7 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     model = LlamaForCausalLM(shape, parallel, dtype, device, max_model_len)
     report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
-    logger.info("loaded %s of weights in %.1f s; %s", gib(report.bytes), report.seconds, _memory_in_words(device))
+    logger.info("loaded %s; %s", report.explain(), _memory_in_words(device))
     loaded = time.monotonic()
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
     num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
