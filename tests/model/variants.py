@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"family": "Mistral", "sliding_window": 7},
     "mistral, full attention": {"family": "Mistral", "sliding_window": None},
     "qwen2": QWEN2,
+    "qwen2, attention_bias said": QWEN2 | {"attention_bias": True},  # not read by transformers: none of o_proj
     "qwen2, last layer windowed": QWEN2 | WINDOWS | {"max_window_layers": 1},
     "qwen2, window not in use": QWEN2 | WINDOWS | {"use_sliding_window": False, "max_window_layers": 0},
     "qwen3": QWEN3,
