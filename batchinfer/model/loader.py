@@ -72,9 +72,9 @@ def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None) -> i
     by_file: dict[Path, list[WeightSlice]] = {}
     for wish in slices:
         by_file.setdefault(files[wish.name], []).append(wish)
-    for file, wishes in sorted(by_file.items()):
-        _check_file(file, wishes)
-    pieces = [(file, wish, rows) for file, wishes in sorted(by_file.items()) for wish in wishes for rows in _pieces(wish)]
+    for file in by_file:
+        _check_file(file, by_file[file])
+    pieces = [(file, wish, rows) for file in sorted(by_file) for wish in by_file[file] for rows in _pieces(wish)]
     with ThreadPoolExecutor(LOAD_THREADS) as pool:
         return sum(pool.map(_copy, *zip(*pieces, strict=True)))
 
@@ -84,10 +84,9 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
     index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index} is not an index of safetensors: it must be JSON with a weight_map") from None
-        return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise ConfigError(f"model.path={folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be loaded")
     with _open(single) as file:

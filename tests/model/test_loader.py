@@ -140,9 +140,10 @@ def test_files_that_are_not_a_checkpoint(folder):
     with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
         load(folder)
     index = folder / "model.safetensors.index.json"
-    index.write_text("{}")
-    with pytest.raises(ConfigError, match="is not an index of safetensors"):
-        load(folder)
+    for text in ("{}", "{", "[]", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ConfigError, match="is not an index of safetensors"):
+            load(folder)
 
 
 def test_a_shard_that_the_index_names_must_be_there(tmp_path):
