@@ -23,8 +23,8 @@ from torch import Tensor
 from batchinfer.config import ConfigError, ModelConfig
 from batchinfer.memory import gib
 from batchinfer.model.config import ModelShape
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import WeightSlice
-from batchinfer.model.llama import LlamaForCausalLM
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKPOINT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -45,9 +45,7 @@ class LoadReport:
         return f"{gib(self.bytes)} of weights in {self.seconds:.1f} s, {self.bytes / self.seconds / 1e9:.1f} GB/s"
 
 
-def load_weights(
-    model: LlamaForCausalLM, shape: ModelShape, model_cfg: ModelConfig, seed: int, device: torch.device
-) -> LoadReport:
+def load_weights(model: Decoder, shape: ModelShape, model_cfg: ModelConfig, seed: int, device: torch.device) -> LoadReport:
     """Fill every weight of `model`, which lies on `device`. `seed` is that of load_format=random.
 
     ConfigError: no safetensors at model.path, a tensor missing, of another shape, left over, or of a type that is not a

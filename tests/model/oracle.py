@@ -13,8 +13,8 @@ from torch import Tensor
 
 from batchinfer.config import ModelConfig
 from batchinfer.model.config import ModelShape, load_shape
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
-from batchinfer.model.llama import LlamaForCausalLM
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
 
@@ -99,7 +99,7 @@ def _temperature(rope: dict[str, Any]) -> float:
 def load(folder: Path, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float64) -> Paged:
     config = ModelConfig(path=str(folder))
     shape = load_shape(config)
-    model = LlamaForCausalLM(shape, parallel or TensorParallel(), dtype, CPU, max_model_len=256)
+    model = Decoder(shape, parallel or TensorParallel(), dtype, CPU, max_model_len=256)
     load_weights(model, shape, config, 0, CPU)
     return Paged(model, shape, parallel or TensorParallel(), dtype)
 
@@ -108,7 +108,7 @@ class Paged:
     """Our model with a cache of scattered blocks. `step` extends any sequences by any numbers of tokens."""
 
     def __init__(
-        self, model: LlamaForCausalLM, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, block_size: int = 5
+        self, model: Decoder, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, block_size: int = 5
     ) -> None:
         self.model, self.block_size, self.max_blocks = model, block_size, 24
         size = (64, block_size, shape.local_sizes(parallel.size).num_kv_heads, shape.head_dim)

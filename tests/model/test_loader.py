@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from batchinfer.config import ConfigError, ModelConfig
 from batchinfer.model import loader
 from batchinfer.model.config import load_shape
-from batchinfer.model.llama import LlamaForCausalLM
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
 from tests.model.oracle import load
@@ -79,7 +79,7 @@ def test_pieces_of_slices_are_the_slices_of_the_checkpoint(tmp_path, monkeypatch
     theirs = dict(save_checkpoint(tmp_path, max_shard_size="20KB", dtype=dtype, **BIASES).named_parameters())
     config = ModelConfig(path=str(tmp_path))
     shape = load_shape(config)
-    model = LlamaForCausalLM(shape, TensorParallel(rank, 2), torch.bfloat16, torch.device("cpu"), 16)
+    model = Decoder(shape, TensorParallel(rank, 2), torch.bfloat16, torch.device("cpu"), 16)
     monkeypatch.setattr(loader, "PIECE_BYTES", 200)  # less than a row of some
     report = loader.load_weights(model, shape, config, 0, torch.device("cpu"))
     found = {}
@@ -101,7 +101,7 @@ LOAD = """
 import sys, torch
 from batchinfer.config import ModelConfig
 from batchinfer.model.config import load_shape
-from batchinfer.model.llama import LlamaForCausalLM
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
 
@@ -110,7 +110,7 @@ def kib(key):
 
 config, cpu = ModelConfig(path=sys.argv[1]), torch.device("cpu")
 shape = load_shape(config)
-model = LlamaForCausalLM(shape, TensorParallel(), torch.bfloat16, cpu, 16)
+model = Decoder(shape, TensorParallel(), torch.bfloat16, cpu, 16)
 for parameter in model.parameters():
     parameter.fill_(1)  # resident from now on
 before = kib("VmRSS")

@@ -13,8 +13,8 @@ import torch.multiprocessing
 
 from batchinfer.config import ConfigError, ModelConfig
 from batchinfer.model.config import ModelShape, load_shape
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import VocabParallel
-from batchinfer.model.llama import LlamaForCausalLM
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from tests.checkpoints import save_checkpoint
@@ -79,7 +79,7 @@ WITH_ALL = replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=Tru
 @pytest.mark.parametrize(("size", "word"), [(3, "attention heads"), (8, "attention heads")])
 def test_sizes_that_do_not_divide_are_refused(size, word):
     with pytest.raises(ConfigError, match=f"hw.tensor_parallel={size} does not divide .* {word}"):
-        LlamaForCausalLM(SHAPE, TensorParallel(0, size), torch.float32, CPU, 16)
+        Decoder(SHAPE, TensorParallel(0, size), torch.float32, CPU, 16)
 
 
 def test_short_vocabulary_leaves_the_last_rank_without_rows():
@@ -92,7 +92,7 @@ def test_the_built_model_has_the_parameters_that_its_shape_counts(tmp_path, name
     save_checkpoint(tmp_path, **VARIANTS[name])
     shape = load_shape(ModelConfig(path=str(tmp_path)))
     for size in (1, 2, 4):
-        model = LlamaForCausalLM(shape, TensorParallel(size - 1, size), torch.float32, CPU, 16)
+        model = Decoder(shape, TensorParallel(size - 1, size), torch.float32, CPU, 16)
         assert sum(parameter.numel() for parameter in model.parameters()) == shape.num_parameters(size)
 
 
@@ -100,7 +100,7 @@ def test_random_weights_of_ranks_are_slices_of_the_whole():
     config = ModelConfig(load_format="random")
 
     def weights(parallel: TensorParallel) -> dict[str, torch.Tensor]:
-        model = LlamaForCausalLM(WITH_ALL, parallel, torch.float32, CPU, 16)
+        model = Decoder(WITH_ALL, parallel, torch.float32, CPU, 16)
         load_weights(model, WITH_ALL, config, seed=3, device=CPU)
         return {name: value.clone() for name, value in model.state_dict().items()}
 

@@ -1,7 +1,7 @@
-"""The Llama family: a decoder of pre-normed attention and gated MLP layers, split over tensor-parallel ranks.
+"""The decoder: layers of pre-normed attention and a gated MLP, split over tensor-parallel ranks.
 
-Works on a flat batch of T tokens of many sequences; what belongs to which sequence is said by `AttentionInputs`. Mistral and
-Qwen are the same network with sliding windows, biases, or norms of queries and keys: its `ModelShape` says which.
+Works on a flat batch of T tokens of many sequences; what belongs to which sequence is said by `AttentionInputs`. Llama,
+Mistral and Qwen are one network; their biases, sliding windows, and norms of queries and keys are said by its `ModelShape`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from batchinfer.model.parallel import TensorParallel
 from batchinfer.model.rope import rotary_table
 
 
-class LlamaForCausalLM(nn.Module):
+class Decoder(nn.Module):
     """One rank's part of the model, with zero weights until `loader.load_weights` fills them.
 
     `max_model_len`: positions 0 to max_model_len - 1 are in the rotary table. ConfigError: sizes that do not divide over
@@ -42,7 +42,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         shape.local_sizes(parallel.size)
         self.embed_tokens = VocabParallel("model.embed_tokens.weight", shape, parallel, dtype, device)
-        self.layers = nn.ModuleList(LlamaLayer(i, shape, parallel, dtype, device) for i in range(shape.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(i, shape, parallel, dtype, device) for i in range(shape.num_layers))
         self.norm = RMSNorm("model.norm.weight", shape.hidden_size, shape.rms_norm_eps, dtype, device)
         tied = shape.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else VocabParallel("lm_head.weight", shape, parallel, dtype, device)
@@ -65,22 +65,22 @@ class LlamaForCausalLM(nn.Module):
         """Every slice of the checkpoint that this rank wants."""
         yield from self.embed_tokens.slices()
         for layer in self.layers:
-            assert isinstance(layer, LlamaLayer)
+            assert isinstance(layer, DecoderLayer)
             yield from layer.slices()
         yield from self.norm.slices()
         if self.lm_head is not self.embed_tokens:
             yield from self.lm_head.slices()
 
 
-class LlamaLayer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, index: int, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         name = f"model.layers.{index}"
         size, eps = shape.hidden_size, shape.rms_norm_eps
         self.input_layernorm = RMSNorm(f"{name}.input_layernorm.weight", size, eps, dtype, device)
-        self.self_attn = LlamaAttention(f"{name}.self_attn", index, shape, parallel, dtype, device)
+        self.self_attn = Attention(f"{name}.self_attn", index, shape, parallel, dtype, device)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm.weight", size, eps, dtype, device)
-        self.mlp = LlamaMLP(f"{name}.mlp", shape, parallel, dtype, device)
+        self.mlp = GatedMLP(f"{name}.mlp", shape, parallel, dtype, device)
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class LlamaLayer(nn.Module):
             yield from part.slices()
 
 
-class LlamaAttention(nn.Module):
+class Attention(nn.Module):
     """Grouped-query attention with rotary positions over the paged cache; a rank computes its own heads."""
 
     def __init__(
@@ -154,7 +154,7 @@ class LlamaAttention(nn.Module):
                 yield from part.slices()
 
 
-class LlamaMLP(nn.Module):
+class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)); a rank computes its own columns of gate and up."""
 
     def __init__(self, name: str, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> None:
