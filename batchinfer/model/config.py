@@ -237,6 +237,10 @@ def _refuse_what_is_not_computed(hf: Fields, architecture: str) -> None:
             raise hf.error(name, f"false or absent: {architecture} has no such biases")
     if hf.has("quantization_config"):
         raise hf.error("quantization_config", "null: quantised checkpoints are not supported")
+    if hf.has("per_layer_config"):
+        raise hf.error("per_layer_config", "null: layers of different shapes are not supported")
+    if not hf.flag("is_causal", default=True):
+        raise hf.error("is_causal", "true or absent: tokens see only what is before them")
     if hf.values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise hf.error("hidden_act", "silu")
 

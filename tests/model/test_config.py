@@ -89,6 +89,8 @@ def test_kv_heads_are_replicated_beyond_their_number():
         ),
         ({"attention_bias": 1}, "attention_bias=1 must be true or false"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* must be null"),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config=.* must be null: layers of different shapes"),
+        ({"is_causal": False}, "is_causal=False must be true or absent"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
         ({"hidden_size": None}, "hidden_size=None must be a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must be a divisor"),
