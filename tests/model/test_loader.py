@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +93,33 @@ def test_pieces_of_slices_are_the_slices_of_the_checkpoint(tmp_path, monkeypatch
     assert report.bytes == sum(tensor.nbytes for tensor in found.values())
     half = {"q_proj.bias": (24,), "k_proj.bias": (12,), "o_proj.bias": (32,), "q_norm.weight": (12,), "o_proj.weight": (32, 24)}
     assert {name: tuple(found[f"model.layers.1.self_attn.{name}"].shape) for name in half} == half
+
+
+def test_a_rank_asks_for_its_slices_and_no_more(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, **BIASES)
+    config, read = ModelConfig(path=str(tmp_path)), []
+    shape, opened = load_shape(config), loader._open
+
+    class Watched:
+        def __init__(self, tensor):
+            self.tensor, self.get_shape, self.get_dtype = tensor, tensor.get_shape, tensor.get_dtype
+
+        def __getitem__(self, index):
+            read.append(self.tensor[index].numel())
+            return self.tensor[index]
+
+    @contextmanager
+    def watched(path):
+        with opened(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Watched(file.get_slice(name)))
+
+    monkeypatch.setattr(loader, "_open", watched)
+    for rank in (0, 1):
+        read.clear()
+        model = Decoder(shape, TensorParallel(rank, 2), torch.float64, torch.device("cpu"), 16)
+        loader.load_weights(model, shape, config, 0, torch.device("cpu"))
+        padding = rank * 2 * shape.hidden_size  # one row of 98 for 97 tokens, of the embedding and of the head
+        assert sum(read) == shape.num_parameters(2) - padding
 
 
 def test_the_report_says_how_fast():
