@@ -71,13 +71,15 @@ def gib(num_bytes: int) -> str:
 
 
 def max_model_len(model: ModelConfig, shape: ModelShape) -> int:
-    """Longest prompt + completion: what was asked for, else what the checkpoint was made for. Raises ConfigError."""
-    longest = shape.max_position_embeddings
+    """Longest prompt + completion: what was asked for, else what the checkpoint was made for. Raises ConfigError.
+
+    What rope scaling reaches beyond max_position_embeddings is there for the asking.
+    """
+    made_for, longest = shape.max_position_embeddings, shape.max_sequence_length
     if model.max_model_len is not None and model.max_model_len > longest:
-        raise ConfigError(
-            f"{show('model.max_model_len', model.max_model_len)}: must be at most {longest}, the model's max_position_embeddings"
-        )
-    return model.max_model_len or longest
+        limit = "what the model's rope scaling reaches" if longest > made_for else "the model's max_position_embeddings"
+        raise ConfigError(f"{show('model.max_model_len', model.max_model_len)}: must be at most {longest}, {limit}")
+    return model.max_model_len or made_for
 
 
 def plan_memory(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfig, max_model_len: int) -> MemoryPlan:

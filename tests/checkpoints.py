@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+import transformers
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 97,
@@ -21,12 +21,11 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def random_model(seed: int = 0, mistral: bool = False, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A transformers model: Llama with the fields of LLAMA, changed by `changes`; or Mistral."""
+def random_model(seed: int = 0, family: str = "Llama", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A transformers model: Llama (or Mistral, Qwen2, Qwen3) with the fields of LLAMA, changed by `changes`."""
     torch.manual_seed(seed)
-    fields = {**LLAMA, **changes}
-    model = MistralForCausalLM(MistralConfig(**fields)) if mistral else LlamaForCausalLM(LlamaConfig(**fields))
-    model = model.to(dtype).eval()
+    config = getattr(transformers, f"{family}Config")(**{**LLAMA, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)

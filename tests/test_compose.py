@@ -138,7 +138,20 @@ def test_overlay_refuses_what_makes_another_run(override: str) -> None:
 def test_model_shapes_are_the_published_ones() -> None:
     from batchinfer.model.config import ModelShape
 
-    billions = {"llama7b": 6.738, "llama13b": 13.016, "mistral7b": 7.242, "llama3_8b": 8.030, "llama3_70b": 70.554}
+    billions = {
+        "llama7b": 6.738,
+        "llama13b": 13.016,
+        "llama70b": 68.977,
+        "llama3_1b": 1.236,
+        "llama3_3b": 3.213,
+        "llama3_8b": 8.030,
+        "llama3_70b": 70.554,
+        "mistral7b": 7.242,
+        "mistral7b_v3": 7.248,
+        "qwen2_7b": 7.616,
+        "qwen3_8b": 8.191,
+    }
+    assert {*billions, "tiny"} == {file.stem for file in (c.conf_dir() / "model").glob("*.yaml")}
     for name, size in billions.items():
         shape = ModelShape.from_hf(c.compose([f"model={name}"], planning=True).model.architecture)
         assert round(shape.num_parameters() / 1e9, 3) == size

@@ -21,11 +21,11 @@ LAYERS = {
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
-    "engine.model_runner model.llama model.loader",
-    "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers engine.block_manager "
-    "engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer_files data.tokenizer "
-    "data.chat data.prompts ops",
-    "values": "config publish engine.sequence model.config job.rundir job.process",
+    "engine.model_runner model.decoder model.loader",
+    "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
+    "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer_files "
+    "data.tokenizer data.chat data.prompts ops",
+    "values": "config publish engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
@@ -50,6 +50,8 @@ CONTROL_PLANE = (
     "data.reader",
     "data.writer",
     "model.config",
+    "model.rope_config",
+    "model.fields",
 )
 DATA_PLANE = ("worker", "engine", "model", "ops")
 WITHOUT_TORCH = (

@@ -15,6 +15,7 @@ from batchinfer.config import Config, ConfigError, EngineConfig, HardwareConfig,
 from batchinfer.hardware import GIB
 from batchinfer.memory import kv_blocks, max_model_len, plan_memory, resolve_hw
 from batchinfer.model.config import ModelShape, load_shape
+from batchinfer.model.rope_config import YarnRope
 
 SHAPE = ModelShape(
     "LlamaForCausalLM",
@@ -68,6 +69,9 @@ def test_parts_stay_within_the_whole() -> None:
         ("llama3_70b", "a100x4", 4),
         ("llama3_70b", "h200x2", 2),
         ("llama3_70b", "h200x8", 2),
+        ("llama70b", "a100x4", 2),
+        ("qwen2_7b", "rtx4090x2", 1),
+        ("qwen3_8b", "h200x1", 1),
     ],
 )
 def test_automatic_ranks_are_the_fewest_that_fit(model: str, hw: str, ranks: int) -> None:
@@ -108,8 +112,15 @@ def test_processes_share_the_host() -> None:
 def test_longest_sequence() -> None:
     assert max_model_len(ModelConfig(), SHAPE) == 512
     assert max_model_len(ModelConfig(max_model_len=100), SHAPE) == 100
-    with pytest.raises(ConfigError, match=r"model.max_model_len=513: must be at most 512"):
+    with pytest.raises(ConfigError, match=r"model.max_model_len=513: must be at most 512, the model's max_position_embeddings"):
         max_model_len(ModelConfig(max_model_len=513), SHAPE)
+    scaled = replace(SHAPE, rope_scaling=YarnRope(4.0, 256, 1.1))
+    assert max_model_len(ModelConfig(), scaled) == 512
+    assert max_model_len(ModelConfig(max_model_len=1024), scaled) == 1024
+    with pytest.raises(
+        ConfigError, match=r"model.max_model_len=1025: must be at most 1024, what the model's rope scaling reaches"
+    ):
+        max_model_len(ModelConfig(max_model_len=1025), scaled)
 
 
 def test_unknown_gpu_lists_the_known_ones() -> None:

@@ -27,8 +27,8 @@ from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
 from batchinfer.model.config import ModelShape, resolve_dtype
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
-from batchinfer.model.llama import LlamaForCausalLM
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
 
@@ -92,7 +92,7 @@ class ModelRunner:
     def __init__(
         self,
         shape: ModelShape,
-        model: LlamaForCausalLM,
+        model: Decoder,
         parallel: TensorParallel,
         engine: EngineConfig,
         max_model_len: int,
@@ -218,10 +218,10 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
     dtype = getattr(torch, dtype_name)
     begin = time.monotonic()
-    model = LlamaForCausalLM(shape, parallel, dtype, device, max_model_len)
+    model = Decoder(shape, parallel, dtype, device, max_model_len)
     report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
-    logger.info("loaded %s of weights in %.1f s; %s", gib(report.bytes), report.seconds, _memory_in_words(device))
+    logger.info("loaded %s; %s", report.explain(), _memory_in_words(device))
     loaded = time.monotonic()
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
     num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)

@@ -1,38 +1,52 @@
-"""The shape of a model as plain numbers, read from a Hugging Face config.json: sizes, rotary settings, end-of-sequence ids.
+"""The shape of a model as plain numbers, read from a Hugging Face config.json: sizes, biases, windows, end-of-sequence ids.
 
-Owns what may be accepted: an architecture, a rotary type or a flag that this engine does not compute is refused here, before
-a GPU is touched. Also owns how the sizes divide over tensor-parallel ranks, so that the planner's arithmetic and the layers
-agree. No torch: the control plane reads shapes too.
+Owns what may be accepted: an architecture or a flag that this engine does not compute is refused here, before a GPU is
+touched (rotary settings: `rope_config`). Also owns how the sizes divide over tensor-parallel ranks, so that the planner's
+arithmetic and the layers agree. No torch: the control plane reads shapes too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchinfer.config import ConfigError, ModelConfig
+from batchinfer.model.fields import Fields
+from batchinfer.model.rope_config import DynamicRope, LinearRope, RopeScaling, YarnRope, read_rope
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-ROPE_TYPES = ("default", "llama3")
-
-# What transformers' MistralConfig means when the key is absent.
-MISTRAL_SLIDING_WINDOW = 4096
-MISTRAL_MAX_POSITIONS = 131_072
-LLAMA_MAX_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
-class Llama3Rope:
-    """Rotary frequencies of Llama 3.1 and later: long wavelengths are stretched by `factor`, with a smooth transition."""
+class Architecture:
+    """What transformers' class of this name computes that its config.json need not say."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    model_type: str
+    defaults: Mapping[str, Any]  # of its configuration class, for keys that are absent
+    bias_flags: tuple[str, ...] = ()  # those of attention_bias and mlp_bias that it reads
+    qkv_bias: bool = False  # biases of queries, keys and values (and of nothing else), whatever attention_bias says
+    qk_norm: bool = False
+    window_flag: bool = False  # sliding_window counts only where use_sliding_window is true, and not for every layer
+
+
+_BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
+_QWEN = {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(
+        "llama", {"max_position_embeddings": 2048, **_BOS_EOS}, bias_flags=("attention_bias", "mlp_bias")
+    ),
+    "MistralForCausalLM": Architecture(
+        "mistral", {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096, **_BOS_EOS}
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", _QWEN, bias_flags=("attention_bias",), qkv_bias=True, window_flag=True),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", {**_QWEN, "head_dim": 128}, bias_flags=("attention_bias",), qk_norm=True, window_flag=True
+    ),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of layer types
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class LocalSizes:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One decoder-only transformer with RMSNorm, rotary positions and a SiLU-gated MLP, none of them with biases."""
+    """One decoder-only transformer with RMSNorm, rotary positions and a SiLU-gated MLP."""
 
     architecture: str
     vocab_size: int
@@ -59,9 +73,14 @@ class ModelShape:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Rope | None = None
-    max_position_embeddings: int = LLAMA_MAX_POSITIONS
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
     sliding_window: int | None = None  # a token sees the keys at positions > its own - sliding_window
+    full_attention_layers: frozenset[int] = field(default_factory=frozenset)  # to which the window does not apply
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head of queries and keys, before their rotation
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -70,13 +89,31 @@ class ModelShape:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "model.architecture") -> ModelShape:
         """Reads the fields of a Hugging Face config.json. `source` is how error sentences call it. Raises ConfigError."""
-        return _from_hf(_Fields(config, source))
+        return _from_hf(config, source)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Longest sequence that has positions: max_position_embeddings, or what rope scaling reaches beyond it."""
+        match self.rope_scaling:
+            case YarnRope(factor=factor, original_max_position_embeddings=original):
+                return max(self.max_position_embeddings, int(factor * original))
+            case LinearRope(factor=factor) | DynamicRope(factor=factor):
+                return max(self.max_position_embeddings, int(factor * self.max_position_embeddings))
+            case _:
+                return self.max_position_embeddings
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of one layer; None is full attention."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     def num_parameters(self, tensor_parallel: int = 1) -> int:
-        """Parameters of the model, or of one of its ranks."""
+        """Parameters of the model, or of one of its ranks. Norms and the biases of row-parallel layers are on every rank."""
         local = self.local_sizes(tensor_parallel)
-        attention = 2 * self.hidden_size * (local.num_heads + local.num_kv_heads) * self.head_dim
+        q, kv = local.num_heads * self.head_dim, local.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (q + kv)
+        attention += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias + 2 * self.head_dim * self.qk_norm
         mlp = 3 * self.hidden_size * local.intermediate_size
+        mlp += (2 * local.intermediate_size + self.hidden_size) * self.mlp_bias
         embeddings = local.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size
 
@@ -145,94 +182,71 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-class _Fields:
-    """Typed access to the fields of a config.json, with errors that name the field."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-
-    def error(self, name: str, valid: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {name}={self.values.get(name)!r} must be {valid}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "a whole number of at least 1")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(name, "a number above 0")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if not isinstance(value, bool | None):
-            raise self.error(name, "true or false")
-        return bool(value)
-
-    def nested(self, name: str) -> _Fields:
-        value = self.values.get(name)
-        if not isinstance(value, Mapping | None):
-            raise self.error(name, "an object or null")
-        return _Fields(value or {}, f"{self.source}: {name}")
-
-
-def _from_hf(hf: _Fields) -> ModelShape:
-    architecture = _architecture(hf)
-    mistral = ARCHITECTURES[architecture] == "mistral"
-    _refuse_what_is_not_computed(hf)
+def _from_hf(config: Mapping[str, Any], source: str) -> ModelShape:
+    name = _architecture(Fields(config, source))
+    architecture = ARCHITECTURES[name]
+    hf = Fields({**architecture.defaults, **config}, source)
+    _refuse_what_is_not_computed(hf, name)
     hidden_size, num_heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
     num_kv_heads = hf.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise hf.error("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
-    rope_theta, rope_scaling = _rope(hf)
+    num_layers, head_dim = hf.integer("num_hidden_layers"), _head_dim(hf, hidden_size, num_heads)
+    max_position_embeddings = hf.integer("max_position_embeddings")
+    rope_theta, rope_scaling = read_rope(hf, head_dim, max_position_embeddings)
+    sliding_window, full_attention_layers = _windows(hf, name, num_layers)
     return ModelShape(
-        architecture=architecture,
+        architecture=name,
         vocab_size=hf.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=hf.integer("intermediate_size"),
-        num_layers=hf.integer("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(hf, hidden_size, num_heads),
+        head_dim=head_dim,
         rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        max_position_embeddings=hf.integer("max_position_embeddings", MISTRAL_MAX_POSITIONS if mistral else LLAMA_MAX_POSITIONS),
-        sliding_window=_sliding_window(hf) if mistral else None,
+        max_position_embeddings=max_position_embeddings,
+        sliding_window=sliding_window,
+        full_attention_layers=full_attention_layers,
+        qkv_bias=architecture.qkv_bias or hf.flag("attention_bias"),
+        o_bias=hf.flag("attention_bias") and not architecture.qkv_bias,
+        mlp_bias=hf.flag("mlp_bias"),
+        qk_norm=architecture.qk_norm,
         tie_word_embeddings=hf.flag("tie_word_embeddings"),
-        eos_token_ids=_token_ids(hf, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids(hf, "bos_token_id")), None),
+        eos_token_ids=hf.token_ids("eos_token_id"),
+        bos_token_id=next(iter(hf.token_ids("bos_token_id")), None),
         dtype=_dtype(hf),
     )
 
 
-def _architecture(hf: _Fields) -> str:
+def _architecture(hf: Fields) -> str:
     """From `architectures`, else from `model_type`."""
     listed = hf.values.get("architectures") or []
-    known = {name: name for name in ARCHITECTURES} | {model_type: name for name, model_type in ARCHITECTURES.items()}
+    known = {name: name for name in ARCHITECTURES} | {a.model_type: name for name, a in ARCHITECTURES.items()}
     name = listed[0] if listed else hf.values.get("model_type")
     if name not in known:
         raise hf.error("architectures" if listed else "model_type", f"one of {', '.join(known)}")
     return known[name]
 
 
-def _refuse_what_is_not_computed(hf: _Fields) -> None:
+def _refuse_what_is_not_computed(hf: Fields, architecture: str) -> None:
     for name in ("attention_bias", "mlp_bias"):
-        if hf.flag(name):
-            raise hf.error(name, "false: linear layers with biases are not supported")
-    if hf.values.get("quantization_config") is not None:
+        if hf.flag(name) and name not in ARCHITECTURES[architecture].bias_flags:
+            raise hf.error(name, f"false or absent: {architecture} has no such biases")
+    if hf.has("quantization_config"):
         raise hf.error("quantization_config", "null: quantised checkpoints are not supported")
-    if hf.values.get("hidden_act", "silu") != "silu":
+    if hf.has("per_layer_config"):
+        raise hf.error("per_layer_config", "null: layers of different shapes are not supported")
+    if not hf.flag("is_causal", default=True):
+        raise hf.error("is_causal", "true or absent: tokens see only what is before them")
+    if hf.values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise hf.error("hidden_act", "silu")
 
 
-def _head_dim(hf: _Fields, hidden_size: int, num_heads: int) -> int:
-    if hf.values.get("head_dim") is None and hidden_size % num_heads:
+def _head_dim(hf: Fields, hidden_size: int, num_heads: int) -> int:
+    if not hf.has("head_dim") and hidden_size % num_heads:
         raise hf.error("hidden_size", f"a multiple of num_attention_heads={num_heads} where head_dim is not given")
     head_dim = hf.integer("head_dim", hidden_size // num_heads)
     if head_dim % 2:
@@ -240,44 +254,40 @@ def _head_dim(hf: _Fields, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
-def _rope(hf: _Fields) -> tuple[float, Llama3Rope | None]:
-    """Reads both spellings: rope_theta + rope_scaling, and rope_parameters, which holds the two together."""
-    name = "rope_parameters" if hf.values.get("rope_parameters") is not None else "rope_scaling"
-    rope = hf.nested(name)
-    theta = rope.number("rope_theta", hf.number("rope_theta", 10_000.0))
-    partial = rope.values.get("partial_rotary_factor", hf.values.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise ConfigError(f"{hf.source}: partial_rotary_factor={partial!r} must be 1 or absent")
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"{rope.source}: rope_type={kind!r} must be one of {', '.join(ROPE_TYPES)}")
-    if kind == "default":
-        return theta, None
-    return theta, Llama3Rope(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
-    )
+def _windows(hf: Fields, architecture: str, num_layers: int) -> tuple[int | None, frozenset[int]]:
+    """The sliding window, and the layers that attend to everything all the same."""
+    window = _window(hf, ARCHITECTURES[architecture])
+    types = _layer_types(hf, architecture, window, num_layers)
+    if SLIDING not in types:
+        return None, frozenset()
+    return window, frozenset(i for i, kind in enumerate(types) if kind == FULL)
 
 
-def _sliding_window(hf: _Fields) -> int | None:
-    """Null means full attention; an absent key means what transformers' MistralConfig takes it for."""
-    if "sliding_window" in hf.values and hf.values["sliding_window"] is None:
-        return None
-    return hf.integer("sliding_window", MISTRAL_SLIDING_WINDOW)
+def _window(hf: Fields, architecture: Architecture) -> int | None:
+    """Null is none; so is a window that the architecture does not look at, or only where use_sliding_window is true."""
+    ignored = "sliding_window" not in architecture.defaults or (architecture.window_flag and not hf.flag("use_sliding_window"))
+    return hf.integer("sliding_window") if hf.has("sliding_window") and not ignored else None
 
 
-def _token_ids(hf: _Fields, name: str) -> tuple[int, ...]:
-    value = hf.values.get(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise hf.error(name, "a token id, a list of them, or null")
-    return tuple(ids)
+def _layer_types(hf: Fields, architecture: str, window: int | None, num_layers: int) -> list[str]:
+    """Of each layer; where they are not listed, Qwen windows those from max_window_layers on, Mistral all."""
+    chosen = ARCHITECTURES[architecture].window_flag
+    first = num_layers if window is None else hf.integer("max_window_layers", least=0) if chosen else 0
+    implied = [SLIDING if i >= first else FULL for i in range(num_layers)]
+    if not hf.has("layer_types"):
+        return implied
+    types = hf.values["layer_types"]
+    if not chosen and types != implied:
+        raise hf.error("layer_types", f"absent: {architecture} has the same attention in every layer")
+    if not isinstance(types, list) or len(types) != num_layers or any(kind not in (FULL, SLIDING) for kind in types):
+        raise hf.error("layer_types", f"a list of num_hidden_layers={num_layers} times {FULL} or {SLIDING}")
+    if SLIDING in types and window is None:
+        raise hf.error("layer_types", f"without {SLIDING} where no sliding_window is in use")
+    return types
 
 
-def _dtype(hf: _Fields) -> str | None:
-    name = "dtype" if hf.values.get("dtype") is not None else "torch_dtype"
+def _dtype(hf: Fields) -> str | None:
+    name = "dtype" if hf.has("dtype") else "torch_dtype"
     value = hf.values.get(name)
     if value is not None and value not in DTYPE_BYTES:
         raise hf.error(name, f"one of {', '.join(DTYPE_BYTES)}, or absent")

@@ -6,7 +6,6 @@ Column-parallel layers split outputs, row-parallel layers split inputs and sum o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchinfer import ops
-from batchinfer.model.config import Llama3Rope, ModelShape
+from batchinfer.model.config import ModelShape
 from batchinfer.model.parallel import TensorParallel
 
 KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_blocks, block_size, local KV heads, head_dim]
@@ -22,7 +21,7 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_block
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """Where each token of a flat batch belongs. T tokens, S sequences; the sliding window comes from the model's shape."""
+    """Where each token of a flat batch belongs. T tokens, S sequences; sliding windows come from the model's shape."""
 
     slot_mapping: Tensor  # [T] place of the token's key and value in the cache; -1: padding, not stored
     block_tables: Tensor  # [S, max_blocks] int32
@@ -43,10 +42,13 @@ class WeightSlice:
 
 
 class LinearWeight(nn.Module):
-    """The matrix [out_features, in_features] of a linear layer in some format."""
+    """The matrix [out_features, in_features] of a linear layer in some format. Checkpoints name its tensors `name`.something.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+    Biases are plain in every format: the layer holds them, and the format may add them within its product.
+    """
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features], plus bias [out_features]."""
         raise NotImplementedError
 
     def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
@@ -65,19 +67,19 @@ class PlainWeight(LinearWeight):
         super().__init__()
         self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, self.weight, bias)
 
     def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
-        yield WeightSlice(name, shape, 0, start, stop, self.weight[at : at + stop - start])
+        yield WeightSlice(f"{name}.weight", shape, 0, start, stop, self.weight[at : at + stop - start])
 
     def columns(self, name: str, shape: tuple[int, int], start: int, stop: int) -> Iterator[WeightSlice]:
-        yield WeightSlice(name, shape, 1, start, stop, self.weight)
+        yield WeightSlice(f"{name}.weight", shape, 1, start, stop, self.weight)
 
 
 @dataclass(frozen=True)
 class OutputPart:
-    """One checkpoint matrix of a fused column-parallel layer: its name, its rows, and those that are this rank's."""
+    """One checkpoint layer of a fused column-parallel layer: its name, its rows, and those that are this rank's."""
 
     name: str
     total: int
@@ -88,39 +90,62 @@ class OutputPart:
 class ColumnParallelLinear(nn.Module):
     """Several linear layers over one input, fused into one matrix product. Each rank computes its rows of each."""
 
-    def __init__(self, in_features: int, parts: Sequence[OutputPart], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, in_features: int, parts: Sequence[OutputPart], bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.in_features, self.parts = in_features, parts
         self.sizes = [part.stop - part.start for part in parts]
         self.weight = PlainWeight(sum(self.sizes), in_features, dtype, device)
+        self.bias = _parameter(sum(self.sizes), dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.weight(x)
+        y: Tensor = self.weight(x, self.bias)
         return y
 
     def slices(self) -> Iterator[WeightSlice]:
         at = 0
         for part, size in zip(self.parts, self.sizes, strict=True):
             yield from self.weight.rows(part.name, (part.total, self.in_features), part.start, part.stop, at)
+            if self.bias is not None:
+                yield WeightSlice(f"{part.name}.bias", (part.total,), 0, part.start, part.stop, self.bias[at : at + size])
             at += size
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer whose inputs are split: every rank multiplies its columns, and the sum over ranks is the result."""
+    """A linear layer whose inputs are split: every rank multiplies its columns, and the sum over ranks is the result.
+
+    Each rank holds the whole bias and adds it to the sum, so that it counts once.
+    """
 
     def __init__(
-        self, name: str, out_features: int, in_features: int, parallel: TensorParallel, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.name, self.shape, self.parallel = name, (out_features, in_features), parallel
         self.start, self.stop = parallel.bounds(in_features, in_features // parallel.size)
         self.weight = PlainWeight(out_features, self.stop - self.start, dtype, device)
+        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parallel.all_reduce(self.weight(x))
+        if self.parallel.size == 1:
+            y: Tensor = self.weight(x, self.bias)
+            return y
+        total = self.parallel.all_reduce(self.weight(x))
+        return total if self.bias is None else total.add_(self.bias)
 
     def slices(self) -> Iterator[WeightSlice]:
         yield from self.weight.columns(self.name, self.shape, self.start, self.stop)
+        if self.bias is not None:
+            size = self.shape[0]
+            yield WeightSlice(f"{self.name}.bias", (size,), 0, 0, size, self.bias)
 
 
 class VocabParallel(nn.Module):
@@ -170,27 +195,6 @@ class RMSNorm(nn.Module):
     def slices(self) -> Iterator[WeightSlice]:
         size = self.weight.shape[0]
         yield WeightSlice(self.name, (size,), 0, 0, size, self.weight)
-
-
-def rotary_table(shape: ModelShape, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cosines, then sines, of every position: [num_positions, head_dim], computed in float64, held in float32 at least."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
-    frequencies = shape.rope_theta**-exponents
-    if shape.rope_scaling is not None:
-        frequencies = _stretch(frequencies, shape.rope_scaling)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float64), frequencies)
-    held = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device, held)
-
-
-def _stretch(frequencies: Tensor, rope: Llama3Rope) -> Tensor:
-    """Llama 3.1's scaling: wavelengths beyond the original context are `factor` times longer, short ones are kept.
-
-    Between the two the kept share grows linearly with the number of turns within the original context.
-    """
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / rope.factor)
 
 
 def _parameter(*size: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

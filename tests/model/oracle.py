@@ -13,8 +13,8 @@ from torch import Tensor
 
 from batchinfer.config import ModelConfig
 from batchinfer.model.config import ModelShape, load_shape
+from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
-from batchinfer.model.llama import LlamaForCausalLM
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
 
@@ -36,38 +36,70 @@ def _norm(module: Any) -> Any:
 
 
 def _rotary(config: Any) -> Any:
-    frequencies = torch.tensor(frequencies_of(config.head_dim, config.rope_parameters), dtype=torch.float64)
-
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids.double()[..., None] * frequencies
+        frequencies, factor = frequencies_of(config, length=int(position_ids.max()) + 1)
+        angles = position_ids.double()[..., None] * torch.tensor(frequencies, dtype=torch.float64)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return angles.cos() * factor, angles.sin() * factor
 
     return forward
 
 
-def frequencies_of(head_dim: int, rope: dict[str, Any]) -> list[float]:
-    """One frequency at a time, by wavelength, as the Llama 3.1 release describes it."""
-    result = []
-    for i in range(0, head_dim, 2):
-        frequency = 1 / rope["rope_theta"] ** (i / head_dim)
-        if rope["rope_type"] == "llama3":
-            wavelength = 2 * math.pi / frequency
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            context = rope["original_max_position_embeddings"]
-            if wavelength > context / low:
-                frequency /= rope["factor"]
-            elif wavelength >= context / high:
-                smooth = (context / wavelength - low) / (high - low)
-                frequency = (1 - smooth) * frequency / rope["factor"] + smooth * frequency
-        result.append(frequency)
-    return result
+def frequencies_of(config: Any, length: int) -> tuple[list[float], float]:
+    """Of a step over sequences up to `length`, one pair of elements at a time; and what cosines are multiplied with."""
+    rope, dim = config.rope_parameters, getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    kind, theta, factor = rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0)
+    if kind == "dynamic" and length > (trained := config.max_position_embeddings):
+        theta *= (factor * length / trained - factor + 1) ** (dim / (dim - 2))
+    plain = [theta ** (-i / dim) for i in range(0, dim, 2)]
+    if kind == "linear":
+        return [frequency / factor for frequency in plain], 1.0
+    if kind == "llama3":
+        return [_llama3(frequency, rope) for frequency in plain], 1.0
+    if kind == "yarn":
+        return [_yarn(i, frequency, dim, rope) for i, frequency in enumerate(plain)], _temperature(rope)
+    return plain, 1.0
+
+
+def _llama3(frequency: float, rope: dict[str, Any]) -> float:
+    """By wavelength, as the Llama 3.1 release describes it."""
+    wavelength = 2 * math.pi / frequency
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    if wavelength > context / low:
+        return frequency / rope["factor"]
+    if wavelength < context / high:
+        return frequency
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / rope["factor"] + smooth * frequency
+
+
+def _yarn(pair: int, frequency: float, dim: int, rope: dict[str, Any]) -> float:
+    """By index: the pairs that turn beta_fast and beta_slow times in the original context bound the ramp."""
+    context = rope["original_max_position_embeddings"]
+    bounds = [
+        dim / 2 * math.log(context / (2 * math.pi * turns)) / math.log(rope["rope_theta"])
+        for turns in (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+    ]
+    if rope.get("truncate", True):
+        bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+    begin, end = max(bounds[0], 0), min(bounds[1], dim - 1)
+    stretched = min(1.0, max(0.0, (pair - begin) / (end - begin)))
+    return stretched * frequency / rope["factor"] + (1 - stretched) * frequency
+
+
+def _temperature(rope: dict[str, Any]) -> float:
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if "mscale" in rope:
+        growth = math.log(rope["factor"]) / 10
+        return float((rope["mscale"] * growth + 1) / (rope["mscale_all_dim"] * growth + 1))
+    return 0.1 * math.log(rope["factor"]) + 1
 
 
 def load(folder: Path, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float64) -> Paged:
     config = ModelConfig(path=str(folder))
     shape = load_shape(config)
-    model = LlamaForCausalLM(shape, parallel or TensorParallel(), dtype, CPU, max_model_len=256)
+    model = Decoder(shape, parallel or TensorParallel(), dtype, CPU, max_model_len=256)
     load_weights(model, shape, config, 0, CPU)
     return Paged(model, shape, parallel or TensorParallel(), dtype)
 
@@ -76,7 +108,7 @@ class Paged:
     """Our model with a cache of scattered blocks. `step` extends any sequences by any numbers of tokens."""
 
     def __init__(
-        self, model: LlamaForCausalLM, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, block_size: int = 5
+        self, model: Decoder, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, block_size: int = 5
     ) -> None:
         self.model, self.block_size, self.max_blocks = model, block_size, 24
         size = (64, block_size, shape.local_sizes(parallel.size).num_kv_heads, shape.head_dim)

@@ -7,41 +7,55 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from batchinfer.config import ConfigError, ModelConfig
-from batchinfer.model.config import Llama3Rope, ModelShape, load_shape, resolve_dtype
-from tests.checkpoints import LLAMA, random_model, save_checkpoint
+from batchinfer.model.config import ModelShape, load_shape, resolve_dtype
+from tests.checkpoints import LLAMA, save_checkpoint
+from tests.model.variants import VARIANTS
 
 BASE = {**LLAMA, "architectures": ["LlamaForCausalLM"]}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def test_both_spellings_of_rope():
-    old = ModelShape.from_hf({**BASE, "rope_theta": 5e5, "rope_scaling": LLAMA3})
-    new = ModelShape.from_hf({**BASE, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
-    assert old == new
-    assert (new.rope_theta, new.rope_scaling) == (5e5, Llama3Rope(8.0, 1.0, 4.0, 64))
-    assert ModelShape.from_hf({**BASE, "rope_scaling": None}).rope_theta == 10_000
+def windows(config):
+    shape = ModelShape.from_hf(config)
+    return [shape.window_of(layer) for layer in range(shape.num_layers)]
 
 
-def test_sliding_window_is_mistrals_alone():
-    mistral = {**LLAMA, "model_type": "mistral"}
-    assert ModelShape.from_hf(mistral).sliding_window == 4096
-    assert ModelShape.from_hf({**mistral, "sliding_window": None}).sliding_window is None
-    assert ModelShape.from_hf({**mistral, "sliding_window": 9}).sliding_window == 9
-    assert ModelShape.from_hf({**BASE, "sliding_window": 9}).sliding_window is None
+def test_sliding_windows_by_layer():
+    assert windows(MISTRAL) == [4096, 4096]
+    assert windows({**MISTRAL, "sliding_window": None}) == [None, None]
+    assert windows({**MISTRAL, "sliding_window": 9}) == [9, 9]
+    assert windows({**BASE, "sliding_window": 9}) == [None, None]  # Llama has none
+    for qwen in (QWEN2, QWEN3):
+        used = {**qwen, "use_sliding_window": True, "sliding_window": 9}
+        assert windows({**qwen, "sliding_window": 9, "max_window_layers": 0}) == [None, None]
+        assert windows(used) == [None, None]  # max_window_layers is 28 where it is absent
+        assert windows({**used, "sliding_window": None, "max_window_layers": 0}) == [None, None]
+        assert windows({**used, "max_window_layers": 0}) == [9, 9]
+        assert windows({**used, "max_window_layers": 1}) == [None, 9]
+        assert windows({**used, "layer_types": [SLIDING, FULL], "max_window_layers": 1}) == [9, None]
+        assert ModelShape.from_hf({**used, "layer_types": [FULL, FULL]}) == ModelShape.from_hf(qwen)
 
 
-def test_num_parameters_counts_what_transformers_counts():
-    for changes in ({}, {"tie_word_embeddings": True}, {"head_dim": 6, "num_key_value_heads": 1}):
-        shape = ModelShape.from_hf({**BASE, **changes})
-        assert shape.num_parameters() == random_model(**changes).num_parameters()
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_absent_keys_mean_what_they_mean_to_transformers(family):
+    sizes = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 32}
+    whole = getattr(transformers, f"{family}Config")(**sizes).to_dict()
+    assert len(whole) > 20
+    architectures = {"architectures": [f"{family}ForCausalLM"]}
+    assert ModelShape.from_hf({**sizes, **architectures}) == ModelShape.from_hf({**whole, **architectures})
+
+
+def test_num_parameters_counts_what_transformers_counts(tmp_path):
+    for i, changes in enumerate(VARIANTS.values()):
+        theirs = save_checkpoint(tmp_path / str(i), **changes)
+        shape = load_shape(ModelConfig(path=str(tmp_path / str(i))))
+        assert shape.num_parameters() == theirs.num_parameters()
         assert shape.weight_bytes("bfloat16") == 2 * shape.num_parameters()
 
 
@@ -53,11 +67,30 @@ def test_kv_heads_are_replicated_beyond_their_number():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures=.*must be one of LlamaForCausalLM, MistralForCausalLM"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn' must be one of default, llama3"),
-        ({"attention_bias": True}, "attention_bias=True must be false"),
-        ({"mlp_bias": True}, "mlp_bias=True must be false"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architectures=.*must be one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, llama, mis",
+        ),
+        ({"architectures": None, "model_type": "qwen2_moe"}, "model_type='qwen2_moe' must be one of LlamaForCausalLM"),
+        ({**MISTRAL, "attention_bias": True}, "attention_bias=True must be false or absent: MistralForCausalLM has no such"),
+        ({**QWEN2, "mlp_bias": True}, "mlp_bias=True must be false or absent: Qwen2ForCausalLM has no such biases"),
+        ({**QWEN3, "mlp_bias": True}, "mlp_bias=True must be false or absent: Qwen3ForCausalLM has no such biases"),
+        (
+            {"layer_types": [FULL, SLIDING]},
+            "layer_types=.* must be absent: LlamaForCausalLM has the same attention in every layer",
+        ),
+        ({**MISTRAL, "layer_types": [FULL, SLIDING]}, "layer_types=.* must be absent: MistralForCausalLM has the same"),
+        ({**QWEN2, "layer_types": [FULL]}, "layer_types=.* must be a list of num_hidden_layers=2 times full_attention or slid"),
+        ({**QWEN2, "layer_types": [FULL, "chunked"]}, "layer_types=.*chunked.* must be a list of num_hidden_layers=2"),
+        ({**QWEN2, "layer_types": [FULL, SLIDING]}, "layer_types=.* must be without sliding_attention where no sliding_window"),
+        (
+            {**QWEN2, "use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers=-1 must be a whole number of at least 0",
+        ),
+        ({"attention_bias": 1}, "attention_bias=1 must be true or false"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* must be null"),
+        ({"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config=.* must be null: layers of different shapes"),
+        ({"is_causal": False}, "is_causal=False must be true or absent"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
         ({"hidden_size": None}, "hidden_size=None must be a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must be a divisor"),
@@ -68,7 +101,7 @@ def test_kv_heads_are_replicated_beyond_their_number():
 )
 def test_refusals_name_the_field(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        ModelShape.from_hf({**BASE, **changes})
+        ModelShape.from_hf({**BASE, "architectures": None if "model_type" in changes else BASE["architectures"], **changes})
 
 
 def test_checkpoint_wins_over_architecture_and_generation_config_over_both(tmp_path):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchinfer.config import ConfigError
+from batchinfer.config import ConfigError, ModelConfig
+from batchinfer.model import loader
+from batchinfer.model.config import load_shape
+from batchinfer.model.decoder import Decoder
+from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
 from tests.model.oracle import load
 
@@ -63,6 +71,95 @@ def test_checkpoints_are_cast_to_the_models_type(folder, dtype):
     assert torch.equal(_logits(folder), narrow)
 
 
+BIASES = {"family": "Qwen3", "head_dim": 12, "attention_bias": True, "vocab_size": 97}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pieces_of_slices_are_the_slices_of_the_checkpoint(tmp_path, monkeypatch, dtype, rank):
+    """Column-parallel layers hold rows of every part, row-parallel ones columns, and the vocabulary has an odd number of rows."""
+    theirs = dict(save_checkpoint(tmp_path, max_shard_size="20KB", dtype=dtype, **BIASES).named_parameters())
+    config = ModelConfig(path=str(tmp_path))
+    shape = load_shape(config)
+    model = Decoder(shape, TensorParallel(rank, 2), torch.bfloat16, torch.device("cpu"), 16)
+    monkeypatch.setattr(loader, "PIECE_BYTES", 200)  # less than a row of some
+    report = loader.load_weights(model, shape, config, 0, torch.device("cpu"))
+    found = {}
+    for wish in model.slices():
+        found[wish.name] = wish.destination
+        whole = theirs.pop(wish.name).detach()
+        assert torch.equal(wish.destination, whole.narrow(wish.dim, wish.start, wish.stop - wish.start).bfloat16())
+    assert not theirs
+    assert report.bytes == sum(tensor.nbytes for tensor in found.values())
+    half = {"q_proj.bias": (24,), "k_proj.bias": (12,), "o_proj.bias": (32,), "q_norm.weight": (12,), "o_proj.weight": (32, 24)}
+    assert {name: tuple(found[f"model.layers.1.self_attn.{name}"].shape) for name in half} == half
+
+
+def test_a_rank_asks_for_its_slices_and_no_more(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, **BIASES)
+    config, read = ModelConfig(path=str(tmp_path)), []
+    shape, opened = load_shape(config), loader._open
+
+    class Watched:
+        def __init__(self, tensor):
+            self.tensor, self.get_shape, self.get_dtype = tensor, tensor.get_shape, tensor.get_dtype
+
+        def __getitem__(self, index):
+            read.append(self.tensor[index].numel())
+            return self.tensor[index]
+
+    @contextmanager
+    def watched(path):
+        with opened(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Watched(file.get_slice(name)))
+
+    monkeypatch.setattr(loader, "_open", watched)
+    for rank in (0, 1):
+        read.clear()
+        model = Decoder(shape, TensorParallel(rank, 2), torch.float64, torch.device("cpu"), 16)
+        loader.load_weights(model, shape, config, 0, torch.device("cpu"))
+        padding = rank * 2 * shape.hidden_size  # one row of 98 for 97 tokens, of the embedding and of the head
+        assert sum(read) == shape.num_parameters(2) - padding
+
+
+def test_the_report_says_how_fast():
+    assert loader.LoadReport(3 << 30, 2.0).explain() == "3.0 GiB of weights in 2.0 s, 1.6 GB/s"
+
+
+LOAD = """
+import sys, torch
+from batchinfer.config import ModelConfig
+from batchinfer.model.config import load_shape
+from batchinfer.model.decoder import Decoder
+from batchinfer.model.loader import load_weights
+from batchinfer.model.parallel import TensorParallel
+
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+config, cpu = ModelConfig(path=sys.argv[1]), torch.device("cpu")
+shape = load_shape(config)
+model = Decoder(shape, TensorParallel(), torch.bfloat16, cpu, 16)
+for parameter in model.parameters():
+    parameter.fill_(1)  # resident from now on
+before = kib("VmRSS")
+report = load_weights(model, shape, config, 0, cpu)
+print((kib("VmHWM") - before) >> 10, report.bytes >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_host_memory_beside_the_weights_is_a_few_pieces_whatever_a_tensors_size(tmp_path):
+    """A file of 376 MiB in float32 with a tensor of 256 MiB: the peak stays within the pieces that are under way."""
+    sizes = {"vocab_size": 65_536, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2}
+    save_checkpoint(tmp_path, dtype=torch.float32, tie_word_embeddings=True, **sizes)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown, weights = map(int, done.stdout.split())
+    assert weights == 188
+    pieces = loader.LOAD_THREADS * 2 * loader.PIECE_BYTES >> 20  # float32 has two bytes for each of bfloat16
+    assert grown < pieces + 16 < weights
+
+
 def test_files_that_are_not_a_checkpoint(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -72,9 +169,10 @@ def test_files_that_are_not_a_checkpoint(folder):
     with pytest.raises(ConfigError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
         load(folder)
     index = folder / "model.safetensors.index.json"
-    index.write_text("{}")
-    with pytest.raises(ConfigError, match="is not an index of safetensors"):
-        load(folder)
+    for text in ("{}", "{", "[]", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ConfigError, match="is not an index of safetensors"):
+            load(folder)
 
 
 def test_a_shard_that_the_index_names_must_be_there(tmp_path):

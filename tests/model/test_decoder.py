@@ -7,26 +7,8 @@ import torch
 
 from tests.checkpoints import save_checkpoint
 from tests.model.oracle import greedy, load, widen
+from tests.model.variants import VARIANTS
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-VARIANTS = {
-    "mha": {"num_key_value_heads": 4},
-    "gqa": {},
-    "one kv head": {"num_key_value_heads": 1},
-    "mistral": {"mistral": True, "sliding_window": 7},
-    "mistral, full attention": {"mistral": True, "sliding_window": None},
-    "head_dim": {"head_dim": 10},
-    "tied": {"tie_word_embeddings": True},
-    "llama3 rope": {"rope_parameters": LLAMA3},
-    "sharded": {"max_shard_size": "10KB"},
-}
 PROMPTS = [[1, 5, 9, 44, 90, 3, 17, 8, 8, 21, 60, 33, 2, 71], [1], [1, 96, 95, 94, 93]]
 
 
@@ -63,3 +45,18 @@ def test_float32_stays_near(tmp_path):
     (logits,) = load(tmp_path, dtype=torch.float32).step({0: PROMPTS[0]})
     expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
     assert (logits - expected).abs().max() < 1e-4
+
+
+def test_dynamic_rope_beyond_the_trained_length_is_what_transformers_generates(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}
+    theirs = save_checkpoint(tmp_path, max_position_embeddings=16, rope_parameters=rope)
+    theirs.generation_config.eos_token_id = None
+    for prompt, drawn in zip(PROMPTS, greedy(load(tmp_path), PROMPTS, 40), strict=True):
+        settings = {"do_sample": False, "max_new_tokens": 40, "output_logits": True, "return_dict_in_generate": True}
+        generated = theirs.generate(torch.tensor([prompt]), **settings)
+        assert drawn == generated.sequences[0, len(prompt) :].tolist()
+        (ours,) = load(tmp_path).step({0: prompt + drawn})
+        step_by_step = torch.cat(generated.logits).double()
+        torch.testing.assert_close(ours[len(prompt) - 1 : -1], step_by_step, rtol=0, atol=1e-4)  # their angles are float32
+        in_one_piece = theirs(torch.tensor([prompt + drawn]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert (in_one_piece - step_by_step).abs().max() > 0.01  # there transformers does not agree with itself
