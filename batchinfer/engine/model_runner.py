@@ -45,7 +45,7 @@ class Forward:
 
     step: BatchArrays[torch.Tensor]  # the batch on the device
     logits: torch.Tensor | None  # [N, vocab_size]; None: no sequence draws a token
-    prompt_logprobs: ops.LogProbabilities | None  # of the batch's prompt positions; None: nobody asked, or another rank
+    prompt_logprobs: ops.LogProbabilities | None  # of the batch's prompt positions; None: nobody asked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
