@@ -62,24 +62,21 @@ class Drawn:
         """Waits until the device has drawn the tokens."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        token_ids, batch = self.token_ids.tolist(), self.batch
-        prompt = self.prompt_logprobs
-        return StepResult(
-            token_ids,
-            None if self.logprobs is None else self._logprobs(self.logprobs, token_ids),
-            [] if prompt is None else token_logprobs(prompt, batch.prompt_targets.tolist(), batch.prompt_num_logprobs.tolist()),
-        )
+        logprobs = None if self.logprobs is None else self._logprobs(self.logprobs)
+        return StepResult(self.token_ids.tolist(), logprobs, self._prompt_logprobs())
 
-    def _logprobs(self, told: ops.LogProbabilities, token_ids: list[int]) -> list[TokenLogprobs | None]:
+    def _logprobs(self, told: ops.LogProbabilities) -> list[TokenLogprobs | None]:
         """For each of the N rows."""
         counts = self.batch.num_logprobs
-        (asking,) = np.nonzero(counts >= 0)
-        rows: list[TokenLogprobs | None] = [None] * len(token_ids)
-        for row, answer in zip(
-            asking, token_logprobs(told, self.token_ids[asking].tolist(), counts[asking].tolist()), strict=True
-        ):
-            rows[row] = answer
-        return rows
+        asking = counts >= 0
+        answers = iter(token_logprobs(told, self.token_ids.numpy()[asking].tolist(), counts[asking].tolist()))
+        return [next(answers) if asked else None for asked in asking]
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs]:
+        if self.prompt_logprobs is None:
+            return []
+        targets, counts = self.batch.prompt_targets, self.batch.prompt_num_logprobs
+        return token_logprobs(self.prompt_logprobs, targets.tolist(), counts.tolist())
 
 
 class ModelRunner:
