@@ -269,7 +269,9 @@ def _describe(hint: Any) -> str:
 
 
 def _typed(hint: Any, raw: Any, name: str) -> Any:
-    """`raw` as a value of the type `hint`: integers become floats where asked, nothing else is converted."""
+    """`raw` as a value of the type `hint`: integers become floats where asked, and one text a list of it; no more than that."""
+    if hint == list[str] and isinstance(raw, str):
+        raw = [raw]
     for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
         if _matches(option, raw):
             return _plain(float(raw) if option is float else raw, name)

@@ -296,6 +296,7 @@ def override(prepare: Any, value: Any, kind: pa.DataType | None = None) -> Prepa
             {"stop": ("a", "b"), "stop_token_ids": (3,), "ignore_eos": True},
         ),
         ({"stop": [], "min_p": None, "regex": None, "n": 1, "repetition_penalty": 1.0}, {"stop": ()}),
+        ({"stop": "a"}, {"stop": ("a",)}),
     ],
 )
 def test_overrides(prepare: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -324,7 +325,8 @@ def test_no_override(prepare: Any) -> None:
         ('{"max_tokens": true}', "must be an integer"),
         ('{"min_tokens": 21}', "at most sampling.max_tokens=20"),
         ('{"ignore_eos": 1}', "true or false"),
-        ('{"stop": "x"}', "list of texts"),
+        ('{"stop": ""}', "must not be empty"),
+        ('{"stop": 3}', "list of texts"),
         ('{"stop": [""]}', "must not be empty"),
         ('{"n": 2}', "not supported yet"),
         ('{"regex": "a+"}', "not supported yet"),

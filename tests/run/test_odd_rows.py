@@ -166,7 +166,7 @@ JSON_SAMPLING: list[tuple[str | None, str | None]] = [
     ('{"max_tokens": true}', "sampling.max_tokens=true"),
     ('{"min_tokens": 9, "max_tokens": 3}', "sampling.min_tokens=9"),
     ('{"stop": [""]}', "empty"),
-    ('{"stop": "g"}', "sampling.stop=g"),
+    ('{"stop": "g"}', None),
     ('{"stop": 3}', "sampling.stop=3"),
     ('{"seed": 123456789012345678901234567890}', None),
     ('{"n": 2}', "sampling.n=2"),
