@@ -106,12 +106,18 @@ class SamplingConfig:
     stop_token_ids: list[int] = _key([], RESULT, "token ids that end a completion, beside the model's own")
     ignore_eos: bool = _key(False, RESULT, "go on past the model's end-of-sequence token")
     seed: int | None = _key(None, RESULT, "default: the run's seed")
-    n: int = _key(1, RESULT, "samples a row", minimum=1, only=1)
-    repetition_penalty: float = _key(1.0, RESULT, "divides the logits of tokens seen before", above=0, only=1.0)
-    presence_penalty: float = _key(0.0, RESULT, "subtracted once from the logits of generated tokens", only=0.0)
-    frequency_penalty: float = _key(0.0, RESULT, "subtracted per occurrence from the logits of generated tokens", only=0.0)
-    logprobs: int | None = _key(None, SCHEMA, "log-probabilities of the chosen and the k likeliest tokens", minimum=0, only=None)
-    prompt_logprobs: int | None = _key(None, SCHEMA, "the same for the prompt", minimum=0, only=None)
+    n: int = _key(1, RESULT, "samples a row", minimum=1, maximum=16_384)
+    repetition_penalty: float = _key(1.0, RESULT, "divides the logits of tokens seen before (negative ones: multiplies)", above=0)
+    presence_penalty: float = _key(
+        0.0, RESULT, "subtracted once from the logits of tokens generated before", minimum=-2, maximum=2
+    )
+    frequency_penalty: float = _key(
+        0.0, RESULT, "subtracted from the logits of tokens generated before, as often as they were", minimum=-2, maximum=2
+    )
+    logprobs: int | None = _key(
+        None, SCHEMA, "log-probabilities of the chosen token and the k likeliest, as a column", minimum=0, maximum=128
+    )
+    prompt_logprobs: int | None = _key(None, SCHEMA, "the same for the prompt's tokens", minimum=0, maximum=128)
     json_schema: str | None = _key(None, RESULT, "JSON schema that the completion must satisfy", only=None)
     regex: str | None = _key(None, RESULT, "regular expression that the completion must match", only=None)
     choice: list[str] | None = _key(None, RESULT, "strings of which the completion is one", only=None)
@@ -175,7 +181,9 @@ class Config:
     run_name: str | None = _key(None, THROUGHPUT, "name of the run; default: <model>-<fingerprint>")
     seed: int = _key(0, RESULT, "seed of every random choice")
     stats_every: int = _key(1, THROUGHPUT, "write batch statistics of every so many steps as one row", minimum=1)
-    max_error_fraction: float = _key(1.0, THROUGHPUT, "a larger share of error rows gives exit code 1", minimum=0, maximum=1)
+    max_error_fraction: float = _key(
+        1.0, THROUGHPUT, "a larger share of error rows in the output gives exit code 1", minimum=0, maximum=1
+    )
     verbose: bool = _key(False, THROUGHPUT, "show what the replicas log")
     model: ModelConfig = field(default_factory=ModelConfig)
     hw: HardwareConfig = field(default_factory=HardwareConfig)

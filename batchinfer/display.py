@@ -61,6 +61,7 @@ class Snapshot:
     rows_total: int
     units_total: int
     rows: int = 0
+    samples: int = 0  # output rows, of the rows that are committed
     units: int = 0
     rows_in_progress: int = 0
     prompt_tokens: int = 0
@@ -113,6 +114,7 @@ class RunView:
             self._rows_total,
             self._units_total,
             rows=sum(footer.rows for footer in footers),
+            samples=sum(footer.samples for footer in footers),
             units=len(footers),
             prompt_tokens=sum(footer.prompt_tokens for footer in footers),
             completion_tokens=sum(footer.completion_tokens for footer in footers),
@@ -277,6 +279,8 @@ def line(snapshot: Snapshot) -> str:
     percent = 100 * snapshot.rows / snapshot.rows_total if snapshot.rows_total else 100.0
     units = f"{snapshot.units:,}/{snapshot.units_total:,} units"
     parts = [f"{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {units}"]
+    if snapshot.samples != snapshot.rows:
+        parts.append(f"{snapshot.samples:,} samples")
     if snapshot.rows_in_progress:
         parts.append(f"{snapshot.rows_in_progress:,} rows not yet committed")
     if snapshot.working and not snapshot.is_complete:

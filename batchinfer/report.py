@@ -28,6 +28,7 @@ from batchinfer.stats import QUANTILES, segments
 
 SAMPLES, SAMPLE_CHARS = 3, 200
 Span = tuple[float, float]  # a replica's first step's start and last step's end
+FIRST_COLUMNS = ("shard", "row", "sample", "completion")
 STEP_COLUMNS = ["started", "duration_s", "steps", "prefill_seqs", "decode_seqs", "preempted", "kv_blocks_used", "kv_blocks_total"]
 
 
@@ -101,12 +102,12 @@ def _rows(run_dir: RunDir, prefix: str) -> dict[str, Any]:
     histograms: dict[str, LogHistogram] = {name: LogHistogram() for name in ("ttft_s", "latency_s", "inter_token_s")}
     for path in _files(run_dir):
         footer = read_footer(path)
-        sums.update(units=1, rows=footer.rows, prompt_tokens=footer.prompt_tokens, completion_tokens=footer.completion_tokens)
+        sums.update({name: getattr(footer, name) for name in ("rows", "samples", "prompt_tokens", "completion_tokens")}, units=1)
         errors.update(footer.errors)
         where.update({code: str(path) for code in footer.errors if code not in where})
         _add_columns(path, prefix, reasons, histograms)
     return {
-        **{name: sums[name] for name in ("rows", "units", "prompt_tokens", "completion_tokens")},
+        **{name: sums[name] for name in ("rows", "units", "samples", "prompt_tokens", "completion_tokens")},
         "error_rows": errors.total(),
         "errors": {code: {"rows": count, "first_in": where[code]} for code, count in sorted(errors.items())},
         "finish_reasons": dict(sorted(reasons.items())),
@@ -209,6 +210,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary as (what, how much) for people; what is not known is left out."""
     lines = [
         ("rows", f"{summary['rows']:,} of {summary['rows_total']:,} ({summary['units']:,} of {summary['units_total']:,} units)"),
+        ("samples", f"{summary['samples']:,}" if summary["samples"] != summary["rows"] else ""),
         ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in summary["finish_reasons"].items())),
         *((f"error {code}", f"{e['rows']:,} rows, the first in {e['first_in']}") for code, e in summary["errors"].items()),
         ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"])),
@@ -245,14 +247,14 @@ def _replica_line(replica: Mapping[str, Any]) -> str:
 
 
 def first_completions(run_dir: RunDir) -> list[str]:
-    """The first rows that have a completion, shortened: one sees at a glance whether they are text."""
+    """The first samples of the first rows that have one, shortened: one sees at a glance whether they are text."""
     prefix = Manifest.load(run_dir).config.output.prefix
     found: list[str] = []
     for path in _files(run_dir):
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(64, columns=[prefix + name for name in ("shard", "row", "completion")]):
-                rows = zip(*(batch.column(i).to_pylist() for i in range(3)), strict=True)
-                found += [f"{shard}:{row}: {_shorten(text)}" for shard, row, text in rows if text is not None]
+            for batch in file.iter_batches(64, columns=[prefix + name for name in FIRST_COLUMNS]):
+                rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                found += [f"{shard}:{row}: {_shorten(text)}" for shard, row, k, text in rows if k == 0 and text is not None]
                 if len(found) >= SAMPLES:
                     return found[:SAMPLES]
     return found

@@ -96,7 +96,12 @@ def test_values_are_copied() -> None:
         ({"model__architecture": {"x": float("inf")}}, "model.architecture.x=inf: must be a finite number"),
         ({"hw__interconnect": "ib"}, "hw.interconnect=ib: must be one of nvlink, pcie, null"),
         ({"hw__env": {1: "x"}}, "hw.env={1: 'x'}: the name 1 must be text"),
-        ({"sampling__n": 2}, "sampling.n=2: not supported yet by this version; the valid value is 1"),
+        ({"sampling__n": 0}, "sampling.n=0: must be at least 1 and at most 16384"),
+        ({"sampling__repetition_penalty": 0}, "sampling.repetition_penalty=0.0: must be above 0"),
+        ({"sampling__presence_penalty": -2.5}, "sampling.presence_penalty=-2.5: must be at least -2 and at most 2"),
+        ({"sampling__frequency_penalty": 3}, "sampling.frequency_penalty=3.0: must be at least -2 and at most 2"),
+        ({"sampling__logprobs": -1}, "sampling.logprobs=-1: must be at least 0 and at most 128"),
+        ({"sampling__prompt_logprobs": 1000}, "sampling.prompt_logprobs=1000: must be at least 0 and at most 128"),
         ({"sampling__regex": "a+"}, "sampling.regex=a+: not supported yet by this version; the valid value is null"),
         (
             {"engine__prefix_caching": True},

@@ -32,12 +32,13 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None) -> None:
+def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None, samples: int = 1000) -> None:
     footer = {
-        "schema_version": 1,
+        "schema_version": 2,
         "unit": unit,
         "generation": 0,
         "rows": 1000,
+        "samples": samples,
         "prompt_tokens": 9000,
         "completion_tokens": 50_000,
         "errors": errors or {},

@@ -26,10 +26,11 @@ def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | 
     rows = len(completions)
     bad = sum(text is None for text in completions)
     footer = {
-        "schema_version": 1,
+        "schema_version": 2,
         "unit": unit,
         "generation": generation,
         "rows": rows,
+        "samples": rows,
         "prompt_tokens": 10 * rows,
         "completion_tokens": 5 * (rows - bad),
         "errors": {"null_prompt": bad} if bad else {},
@@ -41,6 +42,7 @@ def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | 
     columns = {
         "x_shard": pa.array(["a.parquet"] * rows),
         "x_row": pa.array(range(rows)),
+        "x_sample": pa.array([0] * rows),
         "x_completion": pa.array(completions, pa.string()),
         "x_finish_reason": pa.array(["error" if text is None else "stop" for text in completions]),
         "x_ttft_s": pa.array([None if text is None else 1.0 for text in completions], pa.float64()),

@@ -78,7 +78,7 @@ def check_columns(schema: pa.Schema, config: Config) -> list[str]:
         if name is not None and not is_valid(schema.field(name).type):
             raise ConfigError(f"input.{key}: column {name!r} is {schema.field(name).type}; it must be {wanted}")
     kept = _kept(schema, config.output)
-    _require_no_clash(kept, config.output)
+    _require_no_clash(kept, config)
     return kept
 
 
@@ -97,11 +97,11 @@ def _kept(schema: pa.Schema, output: OutputConfig) -> list[str]:
     return list(dict.fromkeys(output.keep_columns))
 
 
-def _require_no_clash(kept: list[str], output: OutputConfig) -> None:
-    ours = {field.name for field in our_fields(output)}
+def _require_no_clash(kept: list[str], config: Config) -> None:
+    ours, prefix = {field.name for field in our_fields(config)}, config.output.prefix
     clashes = [name for name in kept if name in ours]
     if clashes:
         raise ConfigError(
-            f"output.prefix={output.prefix}: input columns {', '.join(map(repr, clashes))} have the names of output columns;"
+            f"output.prefix={prefix}: input columns {', '.join(map(repr, clashes))} have the names of output columns;"
             " set output.prefix (for example output.prefix=out_), or leave them out with output.keep_columns"
         )

@@ -32,12 +32,12 @@ _MESSAGE_LENGTH = 500
 class PreparedRow:
     """A row ready for the engine, or (`error`, one of schema.ERROR_CODES, and a sentence) why it is not.
 
-    `num_prompt_tokens` counts the tokens handed to the engine; 0 for an error.
+    `num_prompt_tokens` counts the tokens handed to the engine; 0 for an error. `seeds`: one for each sample; none for an error.
     """
 
     token_ids: list[int] | None
     sampling: SamplingParams | None
-    seed: int
+    seeds: tuple[int, ...]
     error: str | None
     error_message: str | None
     num_prompt_tokens: int
@@ -188,12 +188,13 @@ class PromptBuilder:
                 raise draft
             fitted = self._fit(token_ids)
         except RowError as error:
-            return PreparedRow(None, None, self._seed(self._config.sampling, key), error.code, _plain(str(error)), 0)
+            return PreparedRow(None, None, (), error.code, _plain(str(error)), 0)
         sampling = to_params(draft.sampling, self._max_model_len - len(fitted), self._vocab_size)
-        return PreparedRow(fitted, sampling, self._seed(draft.sampling, key), None, None, len(fitted))
+        return PreparedRow(fitted, sampling, self._seeds(draft.sampling, key), None, None, len(fitted))
 
-    def _seed(self, sampling: SamplingConfig, key: tuple[str, int]) -> int:
-        return row_seed(self._config.seed if sampling.seed is None else sampling.seed, *key, 0)
+    def _seeds(self, sampling: SamplingConfig, key: tuple[str, int]) -> tuple[int, ...]:
+        seed = self._config.seed if sampling.seed is None else sampling.seed
+        return tuple(row_seed(seed, *key, sample) for sample in range(sampling.n))
 
     def _fit(self, token_ids: list[int]) -> list[int]:
         """The ids as the model can take them: at least one, in the vocabulary, and with room for one token more."""
@@ -245,6 +246,18 @@ def _python_value(value: pa.Scalar) -> Any:
         return value.as_py()
     except (ValueError, pa.ArrowException) as error:
         return _Unreadable(str(error))
+
+
+def samples_asked(base: SamplingConfig, column: pa.ChunkedArray) -> list[int]:
+    """How many samples the rows of `input.sampling_column` ask for; 1 where what a row says is wrong, and so the row an error."""
+    return [_samples(base, value) for value in _python_values(column)]
+
+
+def _samples(base: SamplingConfig, value: Any) -> int:
+    try:
+        return row_sampling(base, value).n
+    except BadSampling:
+        return 1
 
 
 def _templated(template: PromptTemplate, row: Mapping[str, Any]) -> str:

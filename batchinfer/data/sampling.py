@@ -31,7 +31,11 @@ def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
     if not isinstance(override, Mapping):
         raise BadSampling(f"sampling overrides must be an object of sampling keys, not {type(override).__name__}")
     given = {key: _whole(key, value) for key, value in override.items() if value is not None}
-    return _checked(vars(base) | given) if given else base
+    if not given:
+        return base
+    sampling = _checked(vars(base) | given)
+    _require_columns(base, sampling)
+    return sampling
 
 
 def _whole(key: str, value: object) -> object:
@@ -51,9 +55,20 @@ def _checked(values: dict[str, Any]) -> SamplingConfig:
     return sampling
 
 
+def _require_columns(base: SamplingConfig, sampling: SamplingConfig) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(base, name) is None and getattr(sampling, name) is not None:
+            raise BadSampling(
+                f"sampling.{name}={getattr(sampling, name)}: the run has no column for it; set it for the whole run"
+            )
+
+
 def to_params(sampling: SamplingConfig, max_tokens: int, vocab_size: int) -> SamplingParams:
     """What the engine is asked: at most `max_tokens` tokens, and numbers no larger than they can matter."""
     values = {name: getattr(sampling, name) for name in _PARAMS}  # dataclasses.asdict would copy deeply, for every row
     limit = min(sampling.max_tokens, max_tokens)
     cut = {"max_tokens": limit, "min_tokens": min(sampling.min_tokens, limit), "top_k": min(sampling.top_k, vocab_size)}
+    for name in ("logprobs", "prompt_logprobs"):
+        if values[name] is not None:
+            cut[name] = min(values[name], vocab_size)
     return SamplingParams(**values | cut | {"stop": tuple(sampling.stop), "stop_token_ids": tuple(sampling.stop_token_ids)})

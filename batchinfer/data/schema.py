@@ -7,10 +7,25 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOOTER_KEY = b"batchinfer"  # one JSON object (`UnitFooter`) in the key-value metadata of every completions file
 
-# Our columns, in the order in which they follow the kept input columns. `token_ids` is written only when asked for.
+_LIKELIEST = pa.struct([pa.field("token_id", pa.int32()), pa.field("logprob", pa.float32())])
+LOGPROBS = pa.list_(  # an element for each token; what is told of it is `engine.sequence.TokenLogprobs`
+    pa.field(
+        "element",
+        pa.struct(
+            [
+                pa.field("token_id", pa.int32()),
+                pa.field("logprob", pa.float32()),
+                pa.field("rank", pa.int32()),
+                pa.field("top", pa.list_(pa.field("element", _LIKELIEST))),
+            ]
+        ),
+    )
+)
+
+# Our columns, in the order in which they follow the kept input columns. Those in OPTIONAL are written only when asked for.
 OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("shard", pa.string(), nullable=False),
     pa.field("row", pa.int64(), nullable=False),
@@ -27,7 +42,10 @@ OUTPUT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("replica", pa.string(), nullable=False),
     pa.field("step_first", pa.int64()),
     pa.field("step_last", pa.int64()),
+    pa.field("logprobs", LOGPROBS),
+    pa.field("prompt_logprobs", LOGPROBS),
 )
+OPTIONAL = ("token_ids", "logprobs", "prompt_logprobs")
 
 # Why a row has no completion. A bad row is a row: finish_reason "error", one of these codes, and a sentence.
 ERROR_CODES = (
@@ -75,7 +93,8 @@ class UnitFooter:
     schema_version: int
     unit: int
     generation: int
-    rows: int
+    rows: int  # of the input
+    samples: int  # rows of the output: one for each sample of a row, one for a row that is an error
     prompt_tokens: int
     completion_tokens: int
     errors: dict[str, int]  # by code
@@ -83,20 +102,3 @@ class UnitFooter:
     input_hash: str  # over the logical rows read
     replica: str
     versions: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class RowResult:
-    """What became of one row; the writer turns a unit's worth of these into columns."""
-
-    num_prompt_tokens: int = 0
-    completion: str | None = None
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "error"
-    error: str | None = None
-    error_message: str | None = None
-    ttft_s: float | None = None
-    latency_s: float | None = None
-    step_first: int | None = None
-    step_last: int | None = None
-    sample: int = 0

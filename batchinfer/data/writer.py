@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchinfer.config import ConfigError, OutputConfig
-from batchinfer.data.schema import FOOTER_KEY, OUTPUT_FIELDS, SCHEMA_VERSION, RowResult, UnitFooter
+from batchinfer.config import Config, ConfigError
+from batchinfer.data.results import RowResult, logprobs_column
+from batchinfer.data.schema import FOOTER_KEY, LOGPROBS, OPTIONAL, OUTPUT_FIELDS, SCHEMA_VERSION, UnitFooter
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish, temporary
 
@@ -29,41 +30,78 @@ class DamagedFile(ConfigError):
     """A file that is only ever published whole, and is not."""
 
 
-def our_fields(output: OutputConfig) -> list[pa.Field]:
+def our_fields(config: Config) -> list[pa.Field]:
     """The columns that we add, under the names that `output.prefix` gives them."""
-    wanted = (field for field in OUTPUT_FIELDS if field.name != "token_ids" or output.token_ids)
-    return [field.with_name(output.prefix + field.name) for field in wanted]
+    sampling = config.sampling
+    asked = (config.output.token_ids, sampling.logprobs is not None, sampling.prompt_logprobs is not None)
+    left_out = {name for name, is_asked in zip(OPTIONAL, asked, strict=True) if not is_asked}
+    return [field.with_name(config.output.prefix + field.name) for field in OUTPUT_FIELDS if field.name not in left_out]
 
 
-def output_schema(input_schema: pa.Schema, kept: Sequence[str], output: OutputConfig) -> pa.Schema:
+def output_schema(input_schema: pa.Schema, kept: Sequence[str], config: Config) -> pa.Schema:
     """The kept input fields as they are (type, nullability, metadata), then ours."""
-    return pa.schema([*(input_schema.field(name) for name in kept), *our_fields(output)])
+    return pa.schema([*(input_schema.field(name) for name in kept), *our_fields(config)])
 
 
 def unit_table(
     inputs: pa.Table,
     keys: Sequence[tuple[str, int]],
-    results: Sequence[RowResult],
-    output: OutputConfig,
+    results: Sequence[Sequence[RowResult]],
+    config: Config,
     replica: str,
     schema: pa.Schema,
 ) -> pa.Table:
-    """One output row for each input row, in order. `keys` are (shard path, row); `schema` is `output_schema`'s."""
-    ours = our_fields(output)
+    """One output row for each sample of each input row, in order.
+
+    `keys` are the (shard path, row) of the input rows, `results` the samples of each; `schema` is `output_schema`'s.
+    """
+    ours = our_fields(config)
     kept = schema.names[: len(schema) - len(ours)]
-    columns = {
-        "shard": [shard for shard, _ in keys],
-        "row": [row for _, row in keys],
-        "replica": [replica] * len(keys),
-        "num_completion_tokens": [len(result.token_ids) for result in results],
-        "token_ids": [None if result.error else result.token_ids for result in results],
+    samples = [result for row in results for result in row]
+    names = [key for key, row in zip(keys, results, strict=True) for _ in row]
+    columns: dict[str, list[Any]] = {
+        "shard": [shard for shard, _ in names],
+        "row": [row for _, row in names],
+        "replica": [replica] * len(names),
+        "num_completion_tokens": [len(result.token_ids) for result in samples],
+        "token_ids": [None if result.error else result.token_ids for result in samples],
+        "logprobs": [None if result.error else result.logprobs for result in samples],
+        "prompt_logprobs": [None if result.error else row[0].prompt_logprobs for row in results for result in row],
     }
-    arrays: list[Any] = [inputs.column(name) for name in kept]
+    arrays: list[Any] = repeat_rows(inputs.select(kept), [len(row) for row in results]).columns
     for field in ours:
-        name = field.name.removeprefix(output.prefix)
-        values = columns[name] if name in columns else [getattr(result, name) for result in results]
-        arrays.append(pa.array(values, field.type))
+        name = field.name.removeprefix(config.output.prefix)
+        values = columns[name] if name in columns else [getattr(result, name) for result in samples]
+        arrays.append(logprobs_column(values) if field.type == LOGPROBS else pa.array(values, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def repeat_rows(table: pa.Table, counts: Sequence[int], max_bytes: int = 2**30) -> pa.Table:
+    """Each row of the table `counts[row]` times. Chunks grow to at most about `max_bytes`, as Arrow's 32-bit offsets ask for."""
+    if all(count == 1 for count in counts):
+        return table
+    batches, start = [], 0
+    for batch in table.to_batches():
+        batches += _repeat(batch, np.asarray(counts[start : start + batch.num_rows], np.int64), max_bytes)
+        start += batch.num_rows
+    return pa.Table.from_batches(batches, table.schema)
+
+
+def _repeat(batch: pa.RecordBatch, counts: np.ndarray[Any, Any], max_bytes: int) -> list[pa.RecordBatch]:
+    if batch.nbytes * counts.max(initial=0) > max_bytes:
+        if batch.num_rows == 1:
+            return [batch] * int(counts[0])
+        half = batch.num_rows // 2
+        return _repeat(batch.slice(0, half), counts[:half], max_bytes) + _repeat(batch.slice(half), counts[half:], max_bytes)
+    indices = np.repeat(np.arange(batch.num_rows), counts)
+    return [pa.RecordBatch.from_arrays([_take(column, indices) for column in batch.columns], schema=batch.schema)]
+
+
+def _take(column: pa.Array, indices: np.ndarray[Any, Any]) -> pa.Array:
+    try:
+        return column.take(pa.array(indices))
+    except pa.ArrowNotImplementedError:  # views of text and binary
+        return pa.concat_arrays([column.slice(i, 1) for i in indices] or [column.slice(0, 0)])
 
 
 def unit_footer(
@@ -71,19 +109,21 @@ def unit_footer(
     generation: int,
     inputs: pa.Table,
     table: pa.Table,
-    results: Sequence[RowResult],
+    results: Sequence[Sequence[RowResult]],
     replica: str,
     versions: dict[str, Any],
 ) -> UnitFooter:
     """What the completions file will say of itself. `inputs` is the table that the unit's reader gave, `table` the output."""
+    samples = [result for row in results for result in row]
     return UnitFooter(
         schema_version=SCHEMA_VERSION,
         unit=unit,
         generation=generation,
-        rows=table.num_rows,
-        prompt_tokens=sum(result.num_prompt_tokens for result in results),
-        completion_tokens=sum(len(result.token_ids) for result in results),
-        errors=dict(sorted(Counter(result.error for result in results if result.error).items())),
+        rows=len(results),
+        samples=table.num_rows,
+        prompt_tokens=sum(result.num_prompt_tokens for result in samples),
+        completion_tokens=sum(len(result.token_ids) for result in samples),
+        errors=dict(sorted(Counter(result.error for result in samples if result.error).items())),
         content_hash=logical_hash(table),
         input_hash=logical_hash(inputs),
         replica=replica,

@@ -226,7 +226,7 @@ def _finish(run_dir: RunDir, config: Config) -> int:
         print(f"rows are missing; finish them with: python -m batchinfer resume {run_dir.root}", file=sys.stderr, flush=True)
         return FAILED
     summary = json.loads((run_dir.report / "summary.json").read_bytes())
-    share = summary["error_rows"] / max(1, summary["rows"])
+    share = summary["error_rows"] / max(1, summary["samples"])
     if share > config.max_error_fraction:
         print(
             f"{share:.1%} of the rows are errors, more than {show('max_error_fraction', config.max_error_fraction)}",

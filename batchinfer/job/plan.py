@@ -185,15 +185,20 @@ class PlanReport:
         return self.fitted.hw.gpus_per_node // int(self.fitted.hw.tensor_parallel)
 
     @property
+    def completion_tokens(self) -> int:
+        """Of all samples, at full length."""
+        return self.rows * self.config.sampling.n * self.config.sampling.max_tokens
+
+    @property
     def seconds_at_least(self) -> float | None:
         """What the hardware's peak arithmetic takes, with every completion of full length; None where no peak is known.
 
-        2 operations a parameter and token (Kaplan et al. 2020, section 2.1), attention left out.
+        2 operations a parameter and token (Kaplan et al. 2020, section 2.1) and once a row's prompt; without attention.
         """
         facts = hardware.GPUS.get(self.fitted.hw.gpu or "")
         if facts is None:
             return None
-        tokens = self.prompt_tokens.total + self.rows * self.config.sampling.max_tokens
+        tokens = self.prompt_tokens.total + self.completion_tokens
         gpus = self.config.launcher.nodes * self.fitted.hw.gpus_per_node
         return 2 * self.fitted.shape.num_parameters() * tokens / (gpus * facts.tflops * 1e12)
 
@@ -202,13 +207,13 @@ class PlanReport:
         return [*self._work(), *self._layout(), *self._memory(), *self._time()]
 
     def _work(self) -> list[tuple[str, str]]:
-        tokens = self.prompt_tokens
+        tokens, n = self.prompt_tokens, self.config.sampling.n
         how = "" if tokens.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token: no tokenizer"
         return [
             ("run directory", str(self.config.output.dir)),
             ("input", f"{_count(self.rows, 'row')} of {_count(self.shards, 'shard')} in {_count(self.units, 'unit')}"),
             ("prompt tokens", f"about {tokens.total:,} (from {_count(tokens.sampled, 'row')}{how})"),
-            ("completion tokens", f"at most {self.rows * self.config.sampling.max_tokens:,}"),
+            ("completion tokens", f"at most {self.completion_tokens:,}{'' if n == 1 else f', of {n:,} samples a row'}"),
         ]
 
     def _layout(self) -> list[tuple[str, str]]:

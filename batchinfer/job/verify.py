@@ -1,4 +1,6 @@
-"""Is every input row there exactly once, and is every file what its writer wrote? Trusts names and manifest, nothing else.
+"""Is every sample of every input row there exactly once, and is every file what its writer wrote?
+
+Trusts names and manifest, nothing else.
 
 One completions file is in memory at a time. Each problem is one line that names the file and the first row at fault.
 """
@@ -17,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchinfer.data.columns import columns_to_read
+from batchinfer.data.prompts import samples_asked
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.schema import SCHEMA_VERSION, Unit, UnitFooter, num_rows
-from batchinfer.data.writer import logical_hash, our_fields, read_footer
+from batchinfer.data.writer import logical_hash, our_fields, read_footer, repeat_rows
 from batchinfer.job.manifest import NOT_NULL, Manifest
 from batchinfer.job.rundir import RunDir, parse_completion
 
@@ -28,7 +31,7 @@ TIMES = {2: "twice", 3: "three times"}
 
 
 def verify(run_dir: RunDir) -> list[str]:
-    """Problems of a run, one sentence each; empty when every input row is committed exactly once, whole and unchanged.
+    """Problems of a run, one sentence each; empty when every sample of every row is committed exactly once, whole and unchanged.
 
     Inputs are read again and compared where they can still be reached. Raises ConfigError when there is no run.
     """
@@ -51,11 +54,10 @@ def not_compared(run_dir: RunDir) -> str | None:
 class _Verifier:
     def __init__(self, run_dir: RunDir, manifest: Manifest):
         self._run_dir, self._manifest = run_dir, manifest
-        output = manifest.config.output
-        self._prefix = output.prefix
+        self._prefix = manifest.config.output.prefix
         inputs = [_without_item_names(line.removesuffix(NOT_NULL)) for line in manifest.request["input.schema"]]
         kept = [next(line for line in inputs if line.startswith(f"{name}: ")) for name in manifest.columns]
-        self._columns = kept + [_describe(field) for field in our_fields(output)]
+        self._columns = kept + [_describe(field) for field in our_fields(manifest.config)]
         self._reader: UnitReader | None = None
 
     def problems(self) -> Iterator[str]:
@@ -97,8 +99,7 @@ class _Verifier:
         if logical_hash(table) != footer.content_hash:
             yield "its rows are not those that were written: the content hash differs"
         yield from self._footer_problems(footer, table, unit, generation)
-        misplaced = list(_key_problems(self._keys(table), self._expected_keys(self._manifest.units[unit])))
-        yield from misplaced or self._input_problems(footer, table, self._manifest.units[unit])
+        yield from self._row_problems(footer, table, self._manifest.units[unit])
 
     def _footer_problems(self, footer: UnitFooter, table: pa.Table, unit: int, generation: int) -> Iterator[str]:
         errors = Counter(table[self._prefix + "error"].drop_null().to_pylist())
@@ -106,7 +107,8 @@ class _Verifier:
             ("schema_version", SCHEMA_VERSION),
             ("unit", unit),
             ("generation", generation),
-            ("rows", table.num_rows),
+            ("rows", num_rows(self._manifest.units[unit])),
+            ("samples", table.num_rows),
             ("prompt_tokens", self._sum(table, "num_prompt_tokens")),
             ("completion_tokens", self._sum(table, "num_completion_tokens")),
             ("errors", dict(errors)),
@@ -117,29 +119,62 @@ class _Verifier:
     def _sum(self, table: pa.Table, name: str) -> int:
         return pc.sum(table[self._prefix + name]).as_py() or 0
 
+    def _row_problems(self, footer: UnitFooter, table: pa.Table, unit: Unit) -> Iterator[str]:
+        """Compares rows and samples with the unit and its input, which is read again unless it has been moved away."""
+        inputs, complaint = None, None
+        try:
+            inputs = self._inputs(unit)
+        except (RuntimeError, OSError, pa.ArrowException) as error:  # InputChanged, damaged pages, a file that is no Parquet
+            complaint = f"its input cannot be compared: {_one_line(error)}"
+        found = self._keys(table)
+        samples = self._expected_samples(unit, inputs, table)
+        expected = [(shard, row, k) for (shard, row), count in samples.items() for k in range(count)]
+        misplaced = list(_key_problems(found, expected))
+        yield from misplaced or ([complaint] if complaint else [])
+        if not misplaced and inputs is not None:
+            yield from self._input_problems(footer, table, inputs, list(samples.values()), self._name(unit))
+
+    def _inputs(self, unit: Unit) -> pa.Table | None:
+        root = Path(self._manifest.input_root)
+        if not all((root / self._manifest.shards[r.shard].path).exists() for r in unit):
+            return None
+        return self._open_reader(root, unit).read(unit)
+
     def _keys(self, table: pa.Table) -> list[Key]:
         columns = (table[self._prefix + name].to_pylist() for name in ("shard", "row", "sample"))
         return list(zip(*columns, strict=True))
 
-    def _expected_keys(self, unit: Unit) -> list[Key]:
-        shards = self._manifest.shards
-        return [(shards[r.shard].path, row, 0) for r in unit for row in range(r.start, r.stop)]
+    def _expected_samples(self, unit: Unit, inputs: pa.Table | None, table: pa.Table) -> dict[tuple[str, int], int]:
+        """How many samples each row of the unit should have: what was asked, but one where the row itself is an error.
 
-    def _input_problems(self, footer: UnitFooter, table: pa.Table, unit: Unit) -> Iterator[str]:
-        """Reads the unit's input again, unless it has been moved away."""
-        root = Path(self._manifest.input_root)
-        if not all((root / self._manifest.shards[r.shard].path).exists() for r in unit):
-            return
-        try:
-            inputs = self._open_reader(root, unit).read(unit)
-        except (RuntimeError, OSError, pa.ArrowException) as error:  # InputChanged, damaged pages, a file that is no Parquet
-            yield f"its input cannot be compared: {_one_line(error)}"
-            return
+        Where the rows say how many and cannot be read any more, as many as there are: then only gaps and doubles show.
+        """
+        shards, config = self._manifest.shards, self._manifest.config
+        rows = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
+        asked = [config.sampling.n] * len(rows)
+        if config.input.sampling_column is not None:
+            if inputs is not None:
+                asked = samples_asked(config.sampling, inputs.column(config.input.sampling_column))
+            else:
+                there = Counter((shard, row) for shard, row, _ in set(self._keys(table)))
+                asked = [max(1, there[row]) for row in rows]
+        failed = self._failed_rows(table)
+        return {row: 1 if row in failed else count for row, count in zip(rows, asked, strict=True)}
+
+    def _failed_rows(self, table: pa.Table) -> set[tuple[str, int]]:
+        """Rows that are errors themselves, rather than a sample of them: none of their prompt went to the engine."""
+        error, prompt = table[self._prefix + "error"], table[self._prefix + "num_prompt_tokens"]
+        failed = pc.and_(pc.is_valid(error), pc.equal(prompt, 0)).to_pylist()
+        return {(shard, row) for (shard, row, _), is_failed in zip(self._keys(table), failed, strict=True) if is_failed}
+
+    def _input_problems(
+        self, footer: UnitFooter, table: pa.Table, inputs: pa.Table, samples: list[int], name: str
+    ) -> Iterator[str]:
         if logical_hash(inputs) != footer.input_hash:
-            yield f"its input is not what was read when it was made: rows of {self._name(unit)} have changed"
+            yield f"its input is not what was read when it was made: rows of {name} have changed"
         kept = self._manifest.columns
-        if kept and logical_hash(inputs.select(kept)) != logical_hash(table.select(kept)):
-            yield f"its input columns differ from the input: {self._name(unit)}"
+        if kept and logical_hash(repeat_rows(inputs.select(kept), samples)) != logical_hash(table.select(kept)):
+            yield f"its input columns differ from the input: {name}"
 
     def _open_reader(self, root: Path, unit: Unit) -> UnitReader:
         if self._reader is None:

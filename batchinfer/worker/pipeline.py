@@ -1,8 +1,9 @@
 """Rows in, rows out: what happens to a row on either side of the engine.
 
 `RequestSource` owns the way in: a thread that claims units, reads their rows, renders and tokenises them, and keeps a
-bounded window of them ready. `CompletionSink` owns the way out: it gathers results by unit and commits every finished unit
-in the background. Neither knows how tokens are made, and a batch never drains at the border of a unit.
+bounded window of them ready. `CompletionSink` owns the way out: it makes a request of
+every sample of a row, gathers results by unit and commits every finished unit in the background. Neither knows how tokens
+are made, and a batch never drains at the border of a unit.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from batchinfer.config import Config
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
-from batchinfer.data.schema import RowResult, num_rows
+from batchinfer.data.results import Logprobs, RowResult
+from batchinfer.data.schema import num_rows
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.engine.sequence import Request, TokenOutput
@@ -41,13 +43,13 @@ MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system b
 
 @dataclass(slots=True)
 class OpenUnit:
-    """A claimed unit until its commit: its rows as they were read, and a place for the result of each row."""
+    """A claimed unit until its commit: its rows as they were read, and a place for the samples of each row."""
 
     number: int
     keys: list[tuple[str, int]]
     inputs: pa.Table
-    results: list[RowResult | None]
-    remaining: int
+    results: list[list[RowResult]]  # of a row that is not admitted yet: none
+    remaining: int  # results still to come: one for each row that is not admitted yet, and the samples that are running
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class RequestSource:
         shards = self._manifest.shards
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
         rows = num_rows(unit)
-        opened = OpenUnit(number, keys, table, [None] * rows, rows)
+        opened = OpenUnit(number, keys, table, [[] for _ in range(rows)], rows)
         for start in range(0, rows, PREPARE_ROWS):
             stop = min(start + PREPARE_ROWS, rows)
             for index, prepared in enumerate(self._builder.prepare(table.slice(start, stop - start), keys[start:stop]), start):
@@ -133,10 +135,17 @@ class RequestSource:
 
 @dataclass(slots=True)
 class RunningRow:
-    """A row inside the engine."""
+    """A row of which samples are inside the engine."""
 
     unit: OpenUnit
-    index: int
+    remaining: int  # samples
+
+
+@dataclass(slots=True)
+class RunningSample:
+    """One sample of a row inside the engine."""
+
+    row: RunningRow
     result: RowResult
     admitted_s: float
     checker: StopChecker | None
@@ -144,7 +153,7 @@ class RunningRow:
 
 @dataclass
 class Totals:
-    """What this replica has done so far, for its progress file."""
+    """What this replica has done so far, for its progress file. Rows are input rows; errors count output rows."""
 
     rows_done: int = 0
     rows_committed: int = 0
@@ -171,49 +180,61 @@ class CompletionSink:
     ):
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
         self._tokenizer, self._before_commit = tokenizer, before_commit
-        self._schema = output_schema(input_schema, manifest.columns, config.output)
-        self._running: dict[int, RunningRow] = {}
+        self._schema = output_schema(input_schema, manifest.columns, config)
+        self._running: dict[int, RunningSample] = {}
         self._open: dict[int, OpenUnit] = {}
         self._next_id = 0
         self._commits: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self.totals = Totals()
 
-    def admit(self, row: PendingRow) -> Request | None:
-        """Registers a row. Returns what the engine is to do, or None when the row is an error already."""
-        self._open.setdefault(row.unit.number, row.unit)
-        prepared = row.prepared
-        result = RowResult(num_prompt_tokens=prepared.num_prompt_tokens)
-        if prepared.error is not None or prepared.token_ids is None or prepared.sampling is None:
-            result.error, result.error_message = prepared.error, prepared.error_message
-            self._finish(row.unit, row.index, result)
-            return None
-        self._next_id += 1
+    def admit(self, row: PendingRow) -> list[Request]:
+        """Registers a row. Returns what the engine is to do: a request for each sample, none when the row is an error already."""
+        unit, prepared = row.unit, row.prepared
+        self._open.setdefault(unit.number, unit)
+        if prepared.error is not None:
+            results = [RowResult(error=prepared.error, error_message=prepared.error_message)]
+        else:
+            results = [RowResult(prepared.num_prompt_tokens, sample=sample) for sample in range(len(prepared.seeds))]
+        unit.results[row.index] = results
+        unit.remaining += len(results) - 1
+        running = RunningRow(unit, len(results))
+        if prepared.error is not None:
+            self._finish(running, results[0])
+            return []
+        return [self._start(running, result, prepared) for result in results]
+
+    def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow) -> Request:
+        sampling = prepared.sampling
+        assert prepared.token_ids is not None and sampling is not None, "it is no error"
+        if result.sample > 0 and sampling.prompt_logprobs is not None:  # it is the first sample's prompt
+            sampling = replace(sampling, prompt_logprobs=None)
         checker = None
-        if prepared.sampling.stop and self._tokenizer is not None:
-            checker = StopChecker(prepared.sampling.stop, IncrementalDecoder(self._tokenizer), prepared.sampling.min_tokens)
-        self._running[self._next_id] = RunningRow(row.unit, row.index, result, time.monotonic(), checker)
-        return Request(self._next_id, prepared.token_ids, prepared.sampling, prepared.seed)
+        if sampling.stop and self._tokenizer is not None:
+            checker = StopChecker(sampling.stop, IncrementalDecoder(self._tokenizer), sampling.min_tokens)
+        self._next_id += 1
+        self._running[self._next_id] = RunningSample(row, result, time.monotonic(), checker)
+        return Request(self._next_id, prepared.token_ids, sampling, prepared.seeds[result.sample])
 
     def accept(self, outputs: list[TokenOutput], step: int) -> list[int]:
         """Takes a step's tokens. Returns the requests to abort: those that a stop string has ended."""
         stopped = []
         for output in outputs:
-            row = self._running[output.request_id]
-            result = row.result
+            running = self._running[output.request_id]
+            result = running.result
             if result.step_first is None:
                 result.step_first, result.ttft_s = step, output.ttft_s
-            result.token_ids.extend(output.token_ids)
-            text = row.checker.push(output.token_ids) if row.checker else None
+            _append(result, output)
+            text = running.checker.push(output.token_ids) if running.checker else None
             if text is None and output.finish_reason is None:
                 continue
             if text is not None and output.finish_reason is None:
                 stopped.append(output.request_id)
             result.step_last, result.completion = step, text
             result.finish_reason = "stop" if text is not None else str(output.finish_reason)
-            result.latency_s = time.monotonic() - row.admitted_s
+            result.latency_s = time.monotonic() - running.admitted_s
             del self._running[output.request_id]
-            self._finish(row.unit, row.index, result)
+            self._finish(running.row, result)
         return stopped
 
     @property
@@ -228,19 +249,17 @@ class CompletionSink:
         self._thread.shutdown()
         return sorted(self._open)
 
-    def _finish(self, unit: OpenUnit, index: int, result: RowResult) -> None:
-        unit.results[index] = result
+    def _finish(self, row: RunningRow, result: RowResult) -> None:
+        unit = row.unit
+        row.remaining -= 1
         unit.remaining -= 1
-        self._count(result)
+        self.totals.rows_done += row.remaining == 0
+        if result.error:
+            self.totals.errors[result.error] += 1
         if unit.remaining == 0:
             del self._open[unit.number]
             self._reap(wait=len(self._commits) >= MAX_PENDING_COMMITS)
             self._commits.append(self._thread.submit(self._commit, unit))
-
-    def _count(self, result: RowResult) -> None:
-        self.totals.rows_done += 1
-        if result.error:
-            self.totals.errors[result.error] += 1
 
     def _reap(self, wait: bool) -> None:
         """Raises what a commit raised; forgets the commits that have ended."""
@@ -253,16 +272,16 @@ class CompletionSink:
         self._commits = pending
 
     def _commit(self, unit: OpenUnit) -> None:
-        results = [result for result in unit.results if result is not None]
-        self._decode([result for result in results if result.error is None and result.completion is None])
-        table = unit_table(unit.inputs, unit.keys, results, self._config.output, self._replica, self._schema)
-        footer = unit_footer(unit.number, 0, unit.inputs, table, results, self._replica, self._manifest.versions)
+        samples = (result for row in unit.results for result in row)
+        self._decode([result for result in samples if result.error is None and result.completion is None])
+        table = unit_table(unit.inputs, unit.keys, unit.results, self._config, self._replica, self._schema)
+        footer = unit_footer(unit.number, 0, unit.inputs, table, unit.results, self._replica, self._manifest.versions)
         self._before_commit()
         outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
             return
-        self.totals.rows_committed += len(results)
+        self.totals.rows_committed += len(unit.results)
         self.totals.units_committed += 1
 
     def _decode(self, results: list[RowResult]) -> None:
@@ -272,3 +291,13 @@ class CompletionSink:
             batch = results[start : start + DECODE_ROWS]
             for result, text in zip(batch, self._tokenizer.decode_batch([r.token_ids for r in batch]), strict=True):
                 result.completion = text
+
+
+def _append(result: RowResult, output: TokenOutput) -> None:
+    result.token_ids.extend(output.token_ids)
+    if output.logprobs is not None:
+        result.logprobs = result.logprobs or Logprobs()
+        result.logprobs.extend(output.logprobs)
+    if output.prompt_logprobs is not None:
+        result.prompt_logprobs = Logprobs()
+        result.prompt_logprobs.extend(output.prompt_logprobs)

@@ -86,7 +86,8 @@ class Replica:
         tokenizer = load_tokenizer(config)
         template = ChatTemplate.load(config.model.path, config.model.chat_template)
         builder = PromptBuilder(config, tokenizer, template, engine.max_model_len, shape.vocab_size)
-        self._source = RequestSource(manifest, self._board, reader, builder, window=2 * config.engine.max_num_seqs)
+        window = max(1, 2 * config.engine.max_num_seqs // config.sampling.n)
+        self._source = RequestSource(manifest, self._board, reader, builder, window)
         self._sink = CompletionSink(run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit)
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
@@ -132,8 +133,7 @@ class Replica:
         limit = self._assignment.config.engine.max_num_seqs
         ahead = max(8, limit // 4, limit - self._engine.num_running)
         while self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
-            request = self._sink.admit(row)
-            if request is not None:
+            for request in self._sink.admit(row):
                 self._engine.add(request)
 
     def _finished(self) -> bool:

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from batchinfer.config import from_dict
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.reader import UnitReader, scan_shards
-from batchinfer.data.schema import RowRange, RowResult
+from batchinfer.data.results import RowResult
+from batchinfer.data.schema import RowRange
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.job import manifest as manifest_module
 from batchinfer.job.claims import ClaimBoard, Identity
@@ -130,9 +131,9 @@ class Worker:
         manifest, shards = self.manifest, self.manifest.shards
         inputs = self.reader.read(manifest.units[unit])
         keys = [(shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)]
-        results = [RowResult(completion=f"done: {prompt}", finish_reason="stop") for prompt in inputs["prompt"].to_pylist()]
-        schema = output_schema(self.schema, manifest.columns, manifest.config.output)
-        table = unit_table(inputs.select(manifest.columns), keys, results, manifest.config.output, self.replica, schema)
+        results = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
+        schema = output_schema(self.schema, manifest.columns, manifest.config)
+        table = unit_table(inputs.select(manifest.columns), keys, results, manifest.config, self.replica, schema)
         footer = unit_footer(unit, generation, inputs, table, results, self.replica, {})
         return commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
 

@@ -297,6 +297,7 @@ def override(prepare: Any, value: Any, kind: pa.DataType | None = None) -> Prepa
         ),
         ({"stop": [], "min_p": None, "regex": None, "n": 1, "repetition_penalty": 1.0}, {"stop": ()}),
         ({"stop": "a"}, {"stop": ("a",)}),
+        ({"n": 2, "presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
     ],
 )
 def test_overrides(prepare: Any, given: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -328,7 +329,12 @@ def test_no_override(prepare: Any) -> None:
         ('{"stop": ""}', "must not be empty"),
         ('{"stop": 3}', "list of texts"),
         ('{"stop": [""]}', "must not be empty"),
-        ('{"n": 2}', "not supported yet"),
+        ('{"n": 0}', "must be at least 1"),
+        ('{"n": 100000}', "at most 16384"),
+        ('{"repetition_penalty": 0}', "must be above 0"),
+        ('{"presence_penalty": 2.1}', "at least -2 and at most 2"),
+        ('{"logprobs": 1}', "sampling.logprobs=1: the run has no column"),
+        ('{"prompt_logprobs": 0}', "sampling.prompt_logprobs=0: the run has no column"),
         ('{"regex": "a+"}', "not supported yet"),
         (r'{"\ud800": 1}', "no such key"),
         ("[1]", "must be an object"),
@@ -356,11 +362,16 @@ def test_bad_rows_do_not_move_their_neighbours(prepare: Any, tokenizer: Tokenize
 
 def test_seeds(prepare: Any) -> None:
     plain = prepare({"p": ["a", "b"]}, prompt_column="p")
-    assert [row.seed for row in plain] == [row_seed(7, "s.parquet", 10, 0), row_seed(7, "s.parquet", 11, 0)]
+    assert [row.seeds for row in plain] == [(row_seed(7, "s.parquet", 10, 0),), (row_seed(7, "s.parquet", 11, 0),)]
     (own,) = prepare({"p": ["a"]}, SamplingConfig(seed=0), prompt_column="p")
-    assert own.seed == row_seed(0, "s.parquet", 10, 0)
-    (row,) = prepare({"p": ["a"], "s": ['{"seed": 3}']}, SamplingConfig(seed=0), prompt_column="p", sampling_column="s")
-    assert row.seed == row_seed(3, "s.parquet", 10, 0)
+    assert own.seeds == (row_seed(0, "s.parquet", 10, 0),)
+    how = ['{"seed": 3}', '{"n": 1}', '{"n": 0}']
+    rows = prepare({"p": ["a", "b", "c"], "s": how}, SamplingConfig(seed=0, n=3), prompt_column="p", sampling_column="s")
+    assert [row.seeds for row in rows] == [
+        tuple(row_seed(3, "s.parquet", 10, sample) for sample in range(3)),
+        (row_seed(0, "s.parquet", 11, 0),),
+        (),
+    ]
 
 
 def test_row_seed_is_stable() -> None:

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.config import OutputConfig
+from batchinfer.config import Config, OutputConfig, SamplingConfig
 from batchinfer.data.reader import UnitReader, scan_shards
-from batchinfer.data.schema import OUTPUT_FIELDS, RowRange, RowResult
-from batchinfer.data.writer import commit_unit, logical_hash, output_schema, read_footer, unit_footer, unit_table
+from batchinfer.data.results import Logprobs, RowResult, logprobs_column
+from batchinfer.data.schema import LOGPROBS, OUTPUT_FIELDS, RowRange
+from batchinfer.data.writer import commit_unit, logical_hash, output_schema, read_footer, repeat_rows, unit_footer, unit_table
+from batchinfer.engine.sequence import TokenLogprobs
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
 
@@ -53,19 +55,29 @@ COLUMNS: dict[str, pa.Array] = {
 EVERYTHING = pa.table(COLUMNS)
 
 
-def results_for(rows: int) -> list[RowResult]:
+Results = list[list[RowResult]]
+
+
+def results_for(rows: int) -> Results:
     good = RowResult(3, "text", [1, 2], "stop", ttft_s=0.1, latency_s=0.2, step_first=1, step_last=2)
     bad = RowResult(error="null_prompt", error_message="the prompt is null")
-    return [bad if i % 3 == 1 else good for i in range(rows)]
+    return [[bad if i % 3 == 1 else good] for i in range(rows)]
 
 
-def round_trip(tmp_path: Path, inputs: pa.Table, compression: str = "zstd", **output: object) -> tuple[pa.Table, pa.Table]:
+def round_trip(
+    tmp_path: Path,
+    inputs: pa.Table,
+    compression: str = "zstd",
+    results: Results | None = None,
+    sampling: SamplingConfig | None = None,
+    **output: object,
+) -> tuple[pa.Table, pa.Table]:
     """(what was to be written, what the committed file holds)"""
-    config = OutputConfig(**output)  # type: ignore[arg-type]
+    config = Config(output=OutputConfig(**output), sampling=sampling or SamplingConfig())  # type: ignore[arg-type]
     run_dir = RunDir(tmp_path / "s3:" / "run #1 %20 'é'")
     run_dir.create()
     schema = output_schema(inputs.schema, inputs.column_names, config)
-    results = results_for(inputs.num_rows)
+    results = results or results_for(inputs.num_rows)
     keys = [("a shard.parquet", i) for i in range(inputs.num_rows)]
     table = unit_table(inputs, keys, results, config, "host.0", schema)
     footer = unit_footer(5, 0, inputs, table, results, "host.0", {"batchinfer": "0"})
@@ -109,7 +121,8 @@ def test_dictionaries_that_differ_between_chunks_stay_readable(tmp_path: Path, n
 
 def test_our_columns(tmp_path: Path) -> None:
     _, read = round_trip(tmp_path, pa.table({"p": ["a", "b"], "row": [7, 8]}), prefix="our_", token_ids=True)
-    assert read.column_names == ["p", "row", *(f"our_{field.name}" for field in OUTPUT_FIELDS)]
+    always = [field.name for field in OUTPUT_FIELDS if "logprobs" not in field.name]
+    assert read.column_names == ["p", "row", *(f"our_{name}" for name in always)]
     good, bad = read.to_pylist()
     assert good["our_shard"] == "a shard.parquet" and good["our_row"] == 0 and good["our_sample"] == 0
     assert good["our_completion"] == "text" and good["our_token_ids"] == [1, 2] and good["our_num_completion_tokens"] == 2
@@ -118,8 +131,106 @@ def test_our_columns(tmp_path: Path) -> None:
 
 
 def test_token_ids_only_when_asked() -> None:
-    assert "token_ids" not in output_schema(pa.schema([]), [], OutputConfig()).names
-    assert "token_ids" in output_schema(pa.schema([]), [], OutputConfig(token_ids=True)).names
+    assert "token_ids" not in output_schema(pa.schema([]), [], Config()).names
+    assert "token_ids" in output_schema(pa.schema([]), [], Config(output=OutputConfig(token_ids=True))).names
+
+
+def samples(*errors: str | None) -> list[RowResult]:
+    return [
+        RowResult(3, "text", [1, 2], "error" if error else "stop", error, sample=k, step_first=k)
+        for k, error in enumerate(errors)
+    ]
+
+
+def test_samples_of_a_row_are_next_to_each_other_with_its_columns(tmp_path: Path) -> None:
+    results = [samples(None, None, None), [RowResult(error="null_prompt")], samples(None, "bad_grammar"), samples(None)]
+    written, read = round_trip(tmp_path, EVERYTHING, results=results)
+    assert logical_hash(read) == logical_hash(written)
+    assert read["row"].to_pylist() == [0, 0, 0, 1, 2, 2, 3] and read["sample"].to_pylist() == [0, 1, 2, 0, 0, 1, 0]
+    assert read["error"].to_pylist() == [None, None, None, "null_prompt", None, "bad_grammar", None]
+    parts = pa.concat_tables([EVERYTHING.slice(row, 1) for row in (0, 0, 0, 1, 2, 2, 3)])
+    assert logical_hash(read.select(EVERYTHING.column_names)) == logical_hash(parts)
+    footer = read_footer(RunDir(tmp_path / "s3:" / "run #1 %20 'é'").completion(5, 0))
+    assert (footer.rows, footer.samples, footer.prompt_tokens, footer.completion_tokens) == (4, 7, 18, 12)
+    assert footer.errors == {"bad_grammar": 1, "null_prompt": 1}
+
+
+@pytest.mark.parametrize("max_bytes", [1, 500, 2**30])
+def test_rows_are_repeated_in_order_in_chunks_of_bounded_size(max_bytes: int) -> None:
+    chunked = pa.concat_tables([EVERYTHING, EVERYTHING.slice(1), EVERYTHING.slice(0, 0)])
+    counts = [3, 1, 0, 2, 1, 5, 1]
+    wanted = pa.concat_tables([chunked.slice(i, 1) for i, count in enumerate(counts) for _ in range(count)])
+    found = repeat_rows(chunked, counts, max_bytes)
+    assert found.schema == chunked.schema and logical_hash(found) == logical_hash(wanted)
+    assert (len(found.column(0).chunks) == 2) == (max_bytes == 2**30)
+    assert repeat_rows(chunked, [1] * 7) is chunked
+
+
+def told(token_id: int, k: int) -> TokenLogprobs:
+    """Numbers that float32 has."""
+    return TokenLogprobs(token_id, -token_id / 4, token_id + 1, [(token_id + i, -i / 8) for i in range(k)])
+
+
+def as_python(token: TokenLogprobs | None) -> dict[str, object] | None:
+    if token is None:
+        return None
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
+    return {"token_id": token.token_id, "logprob": token.logprob, "rank": token.rank, "top": top}
+
+
+TOLD = st.none() | st.lists(st.none() | st.builds(told, st.integers(0, 99), st.integers(0, 3)), max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TOLD, max_size=6))
+def test_logprobs_column_holds_what_it_was_told(rows: list[list[TokenLogprobs | None] | None]) -> None:
+    kept = [None if row is None else Logprobs() for row in rows]
+    for logprobs, row in zip(kept, rows, strict=True):
+        if logprobs is not None and row is not None:
+            logprobs.extend(row[:2])
+            logprobs.extend(row[2:])
+            assert len(logprobs) == len(row)
+    column = logprobs_column(kept)
+    column.validate(full=True)
+    plain = pa.array([None if row is None else [as_python(token) for token in row] for row in rows], LOGPROBS)
+    assert column.type == LOGPROBS and column.equals(plain)
+    assert logical_hash(pa.table({"a": column})) == logical_hash(pa.table({"a": plain}))
+
+
+def test_logprobs_columns_survive_the_whole_way(tmp_path: Path) -> None:
+    first, second, prompt = Logprobs(), Logprobs(), Logprobs()
+    first.extend([told(1, 2), told(2, 2)])
+    second.extend([told(3, 0), told(4, 0)])
+    prompt.extend([None, told(5, 1), told(6, 1)])
+    one = [
+        RowResult(3, "a", [1, 2], "stop", logprobs=first, prompt_logprobs=prompt),
+        RowResult(3, "b", [3, 4], "stop", sample=1, logprobs=second),
+        RowResult(3, None, [3, 4], "error", "bad_grammar", sample=2, logprobs=second),
+    ]
+    both = SamplingConfig(logprobs=2, prompt_logprobs=1)
+    written, read = round_trip(tmp_path, pa.table({"p": ["x", None]}), "zstd", [one, [RowResult(error="null_prompt")]], both)
+    assert read.column_names[-2:] == ["logprobs", "prompt_logprobs"] and read["logprobs"].type == LOGPROBS
+    tokens, prompts = read["logprobs"].to_pylist(), read["prompt_logprobs"].to_pylist()
+    assert tokens == [[as_python(told(i, 2)) for i in (1, 2)], [as_python(told(i, 0)) for i in (3, 4)], None, None]
+    whole = [None, as_python(told(5, 1)), as_python(told(6, 1))]
+    assert prompts == [whole, whole, None, None], "samples of a row have one prompt"
+    assert logical_hash(read) == logical_hash(written)
+    assert pq.ParquetFile(next((tmp_path / "s3:").rglob("*.parquet"))).schema.names[-5:] == [
+        "token_id", "logprob", "rank", "token_id", "logprob"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sampling", "names"),
+    [
+        (SamplingConfig(), []),
+        (SamplingConfig(logprobs=0), ["logprobs"]),
+        (SamplingConfig(prompt_logprobs=0), ["prompt_logprobs"]),
+    ],
+)
+def test_logprobs_only_when_asked(sampling: SamplingConfig, names: list[str]) -> None:
+    found = output_schema(pa.schema([]), [], Config(sampling=sampling)).names
+    assert [name for name in found if "logprobs" in name] == names
 
 
 def test_field_metadata_and_nullability_are_kept(tmp_path: Path) -> None:

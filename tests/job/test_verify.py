@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.config import Config, ConfigError, from_dict
+from batchinfer.data.columns import columns_to_read
 from batchinfer.data.reader import UnitReader, scan_shards
-from batchinfer.data.schema import RowRange, RowResult, UnitFooter
-from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
+from batchinfer.data.results import RowResult
+from batchinfer.data.schema import RowRange, UnitFooter
+from batchinfer.data.writer import commit_unit, logical_hash, output_schema, unit_footer, unit_table
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import not_compared, verify
@@ -27,15 +30,20 @@ Keys = list[tuple[str, int]]
 def write_inputs(folder: Path, word: str = "prompt") -> None:
     folder.mkdir(exist_ok=True)
     for name, rows in (("a", 8), ("b", 5)):
-        table = pa.table({"id": pa.array(range(rows), pa.int16()), "prompt": [f"{word} {name} {i}" for i in range(rows)]})
+        table = pa.table(
+            {
+                "id": pa.array(range(rows), pa.int16()),
+                "prompt": [f"{word} {name} {i}" for i in range(rows)],
+                "how": [f'{{"n": {1 + i % 3}}}' for i in range(rows)],
+            }
+        )
         pq.write_table(table, folder / f"{name}.parquet")
 
 
-def config_of(data: Path) -> Config:
-    source = {"prompt_column": "prompt", "paths": [str(data)]}
-    return from_dict(
-        {"model": {"path": "/nowhere"}, "input": source, "output": {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}}
-    )
+def config_of(data: Path, sampling: dict[str, Any], sampling_column: str | None = None) -> Config:
+    source = {"prompt_column": "prompt", "paths": [str(data)], "sampling_column": sampling_column}
+    output = {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}
+    return from_dict({"model": {"path": "/nowhere"}, "input": source, "sampling": sampling, "output": output})
 
 
 def commit(
@@ -45,35 +53,51 @@ def commit(
     keys: Callable[[Keys], Keys] = list,
     change: Callable[[pa.Table], pa.Table] = lambda table: table,
     said: dict[str, Any] | None = None,
+    rehash: bool = False,
 ) -> None:
     """Commits a unit as a replica does, or with something wrong in it."""
     manifest = Manifest.load(run_dir)
-    root, output = Path(manifest.input_root), manifest.config.output
-    inputs = UnitReader(root, manifest.shards, ["id", "prompt"]).read(manifest.units[unit])
+    root, config = Path(manifest.input_root), manifest.config
+    columns = columns_to_read(config.input, pq.read_schema(root / "a.parquet"), ["id"])
+    inputs = UnitReader(root, manifest.shards, columns).read(manifest.units[unit])
     all_keys = keys([(manifest.shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)])
-    results = [RowResult(3, "text", [1, 2], "stop") for _ in all_keys]
-    results[0] = RowResult(0, error="null_prompt", error_message="the prompt is null")
+    asked = [config.sampling.n] * len(all_keys)
+    if config.input.sampling_column is not None:
+        asked = [json.loads(text)["n"] for text in inputs["how"].to_pylist()]
+    results = [[RowResult(3, "text", [1, 2], "stop", sample=k) for k in range(count)] for count in asked]
+    results[0] = [RowResult(0, error="null_prompt", error_message="the prompt is null")]
     kept = inputs.select(["id"]).take([i % len(inputs) for i in range(len(all_keys))])
-    schema = output_schema(pq.read_schema(root / "a.parquet"), ["id"], output)
-    table = unit_table(kept, all_keys, results, output, "r0", schema)
+    schema = output_schema(pq.read_schema(root / "a.parquet"), ["id"], config)
+    table = unit_table(kept, all_keys, results, config, "r0", schema)
     footer: UnitFooter = unit_footer(unit, generation, inputs, table, results, "r0", {})
+    footer = dataclasses.replace(
+        footer, rows=len(inputs), content_hash=logical_hash(change(table)) if rehash else footer.content_hash
+    )
     commit_unit(run_dir, unit, generation, change(table), dataclasses.replace(footer, **said or {}), "zstd")
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    run_dir, data = RunDir(tmp_path / "run"), tmp_path / "data"
+def create(folder: Path, sampling: dict[str, Any], sampling_column: str | None = None) -> RunDir:
+    run_dir, data = RunDir(folder / "run"), folder / "data"
     write_inputs(data)
-    inputs, config = scan_shards([str(data)]), config_of(data)
+    inputs, config = scan_shards([str(data)]), config_of(data, sampling, sampling_column)
     Manifest.create(run_dir, config, inputs, ["id"], UNITS, request_of(config, inputs.shards, inputs.schema))
     return run_dir
 
 
-@pytest.fixture
-def done(run_dir: RunDir) -> RunDir:
+def commit_all(run_dir: RunDir) -> RunDir:
     for unit in range(len(UNITS)):
         commit(run_dir, unit)
     return run_dir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return create(tmp_path, {})
+
+
+@pytest.fixture
+def done(run_dir: RunDir) -> RunDir:
+    return commit_all(run_dir)
 
 
 def recommit(run_dir: RunDir, unit: int, **how: Any) -> list[str]:
@@ -153,6 +177,46 @@ def test_the_row_at_fault_is_named(done: RunDir, keys: Callable[[Keys], Keys], p
     assert recommit(done, 1, keys=keys) == [f"completions/000001.0.parquet: {line}" for line in problem]
 
 
+def moved(*indices: int) -> Callable[[pa.Table], pa.Table]:
+    """The output rows of a unit in another order, some of them doubled or left out."""
+    return lambda table: table.take(list(indices))
+
+
+# Unit 1 is rows 5-7 of a.parquet and 0-1 of b.parquet, and the first of them is an error: output rows 0 | 1 2 | 3 4 | 5 6 | 7 8
+# where each asks for two samples, and 0 | 1 | 2 3 | 4 | 5 6 where the rows ask for 3, 1, 2, 1 and 2.
+@pytest.mark.parametrize(
+    ("asked", "change", "problem"),
+    [
+        ("run", moved(0, 1, 2, 3, 4, 5, 6, 7, 8), None),
+        ("run", moved(0, 1, 3, 4, 5, 6, 7, 8), "row 6 of shard a.parquet, sample 1, is missing"),
+        ("run", moved(0, 2, 3, 4, 5, 6, 7, 8), "row 6 of shard a.parquet is missing"),
+        ("run", moved(0, 1, 2, 2, 3, 4, 5, 6, 7, 8), "row 6 of shard a.parquet, sample 1, appears twice"),
+        ("run", moved(0, 2, 1, 3, 4, 5, 6, 7, 8), "row 6 of shard a.parquet, sample 1, is out of order (and so for 1 more rows)"),
+        ("run", moved(0, 1, 3, 2, 4, 5, 6, 7, 8), "row 7 of shard a.parquet is out of order (and so for 1 more rows)"),
+        ("run", moved(1, 2, 3, 4, 5, 6, 7, 8), "row 5 of shard a.parquet is missing (and so for 1 more rows)"),
+        ("rows", moved(0, 1, 2, 3, 4, 5, 6), None),
+        ("rows", moved(0, 1, 2, 4, 5, 6), "row 7 of shard a.parquet, sample 1, is missing"),
+        ("rows", moved(0, 1, 2, 3, 4, 4, 5, 6), "row 0 of shard b.parquet appears twice"),
+        ("rows", moved(0, 1, 3, 2, 4, 5, 6), "row 7 of shard a.parquet, sample 1, is out of order (and so for 1 more rows)"),
+    ],
+)
+def test_the_sample_at_fault_is_named(tmp_path: Path, asked: str, change: Any, problem: str | None) -> None:
+    """Though the file's hash is right."""
+    run = commit_all(create(tmp_path, {"n": 2}) if asked == "run" else create(tmp_path, {"n": 7}, "how"))
+    assert verify(run) == []
+    run.completion(1, 0).unlink()
+    commit(run, 1, change=change, rehash=True)
+    said = [line.removeprefix("completions/000001.0.parquet: ") for line in verify(run)]
+    assert [line for line in said if not line.startswith("its footer says")] == ([problem] if problem else [])
+    assert (not said) == (problem is None)
+
+
+def test_samples_that_rows_asked_for_without_the_input(tmp_path: Path) -> None:
+    run = commit_all(create(tmp_path, {}, "how"))
+    shutil.rmtree(tmp_path / "data")
+    assert verify(run) == []
+
+
 def test_values_changed_after_the_hash_was_taken(done: RunDir) -> None:
     def change(table: pa.Table) -> pa.Table:
         index = table.schema.get_field_index("our_completion")
@@ -193,9 +257,10 @@ def test_a_wrong_schema(done: RunDir, change: Callable[[pa.Table], pa.Table], pr
         ("prompt_tokens", 1, 12),
         ("completion_tokens", 1, 8),
         ("rows", 6, 5),
+        ("samples", 6, 5),
         ("unit", 2, 1),
         ("generation", 1, 0),
-        ("schema_version", 0, 1),
+        ("schema_version", 0, 2),
         ("errors", {}, {"null_prompt": 1}),
     ],
 )

@@ -150,8 +150,8 @@ def test_chats_templates_and_sampling_of_the_row(tmp_path: Path) -> None:
         ("sampling.temperature=-1", "sampling.temperature=-1"),
         ("sampling.tempature=1", "temperature"),
         ("model=llama8b", "llama7b"),
-        ("sampling.n=2", "sampling.n"),
-        ("engine.prefix_caching=true", "prefix_caching"),
+        ("sampling.n=0", "sampling.n=0"),
+        ("engine.prefix_caching=1", "prefix_caching"),
         ("model.path=/nowhere", "model.path"),
     ],
 )

@@ -1,0 +1,147 @@
+"""Rows on either side of an engine that is played by hand: claimed, made into requests, gathered and committed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.config import from_dict
+from batchinfer.data.columns import columns_to_read
+from batchinfer.data.prompts import PromptBuilder, row_seed
+from batchinfer.data.reader import UnitReader, scan_shards
+from batchinfer.data.schema import RowRange
+from batchinfer.data.writer import read_footer
+from batchinfer.engine.sequence import Request, TokenLogprobs, TokenOutput
+from batchinfer.job.claims import ClaimBoard, Identity
+from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.rundir import RunDir
+from batchinfer.job.verify import verify
+from batchinfer.worker.pipeline import CompletionSink, PendingRow, RequestSource
+
+VOCABULARY = 50
+
+
+class Run:
+    """A run over one shard of token ids, with the parts that a replica would join."""
+
+    def __init__(self, folder: Path, inputs: pa.Table, window: int = 1000, sampling: dict[str, Any] | None = None):
+        pq.write_table(inputs, folder / "in.parquet")
+        source = {"paths": [str(folder / "in.parquet")], "token_ids_column": "ids"}
+        if "how" in inputs.column_names:
+            source["sampling_column"] = "how"
+        self.config = from_dict(
+            {
+                "seed": 5,
+                "model": {"load_format": "random", "architecture": {"vocab_size": VOCABULARY}},
+                "input": source,
+                "sampling": sampling or {},
+                "output": {"token_ids": True},
+            }
+        )
+        found = scan_shards(self.config.input.paths)
+        units = ((RowRange(0, 0, len(inputs)),),)
+        self.run_dir = RunDir(folder / "run")
+        request = request_of(self.config, found.shards, found.schema)
+        self.manifest = Manifest.create(self.run_dir, self.config, found, inputs.column_names, units, request)
+        self.board = ClaimBoard(self.run_dir, len(units), Identity.here("r0"), 300)
+        reader = UnitReader(found.root, found.shards, columns_to_read(self.config.input, found.schema, inputs.column_names))
+        self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
+        self.source = RequestSource(self.manifest, self.board, reader, self.builder, window)
+        self.sink = CompletionSink(self.run_dir, self.manifest, self.config, "r0", None, found.schema, lambda: None)
+
+    def take(self, count: int) -> list[PendingRow]:
+        rows: list[PendingRow] = []
+        deadline = time.monotonic() + 20
+        while len(rows) < count and time.monotonic() < deadline:
+            row = self.source.take()
+            if row is None:
+                time.sleep(0.001)
+            else:
+                rows.append(row)
+        return rows
+
+    def requests(self, count: int) -> list[Request]:
+        self.source.start()
+        return [request for row in self.take(count) for request in self.sink.admit(row)]
+
+    def finish(self) -> list[dict[str, Any]]:
+        assert self.sink.close() == []
+        self.source.stop()
+        assert verify(self.run_dir) == []
+        return pq.read_table(next(self.run_dir.completions.glob("*.parquet"))).to_pylist()
+
+
+def output(request: Request, tokens: list[int], ends: bool, **more: Any) -> TokenOutput:
+    return TokenOutput(request.request_id, tokens, "length" if ends else None, 0.1, 0.2 if ends else None, **more)
+
+
+def told(token_id: int, k: int = 0) -> TokenLogprobs:
+    return TokenLogprobs(token_id, -token_id / 4, 1, [(i, -i / 4) for i in range(k)])
+
+
+def test_a_row_becomes_its_samples_next_to_each_other_with_seeds_of_their_own(tmp_path: Path) -> None:
+    run = Run(tmp_path, pa.table({"ids": [[1], [2], [99], [3]]}), sampling={"n": 3})
+    requests = run.requests(4)
+    assert [request.prompt_token_ids for request in requests] == [[1]] * 3 + [[2]] * 3 + [[3]] * 3
+    keys = [(row, sample) for row in (0, 1, 3) for sample in range(3)]
+    assert [request.seed for request in requests] == [row_seed(5, "in.parquet", *key) for key in keys]
+    assert len({request.request_id for request in requests}) == 9
+    for number, request in enumerate(reversed(requests)):
+        assert run.sink.totals.rows_done == 1 + number // 3, "a row is done with its last sample"
+        assert run.sink.accept([output(request, [number], ends=True)], number) == []
+    rows = run.finish()
+    assert [(row["row"], row["sample"]) for row in rows] == [*keys[:6], (2, 0), *keys[6:]]
+    assert [row["token_ids"] for row in rows] == [[8], [7], [6], [5], [4], [3], None, [2], [1], [0]]
+    assert [row["error"] for row in rows] == [None] * 6 + ["bad_token_ids"] + [None] * 3
+    assert [row["ids"] for row in rows] == [[1]] * 3 + [[2]] * 3 + [[99]] + [[3]] * 3
+    footer = read_footer(next(run.run_dir.completions.glob("*.parquet")))
+    assert (footer.rows, footer.samples, run.sink.totals.rows_committed) == (4, 10, 4)
+    assert run.sink.totals.errors == {"bad_token_ids": 1}
+
+
+def test_rows_that_ask_for_samples_of_their_own(tmp_path: Path) -> None:
+    how = ['{"n": 2}', None, '{"n": 0}', '{"n": 1, "seed": 8}']
+    run = Run(tmp_path, pa.table({"ids": [[1]] * 4, "how": how}), sampling={"n": 3})
+    requests = run.requests(4)
+    seeds = [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1), (5, 1, 2), (8, 3, 0)]
+    assert [request.seed for request in requests] == [row_seed(seed, "in.parquet", row, sample) for seed, row, sample in seeds]
+    run.sink.accept([output(request, [1], ends=True) for request in requests], 0)
+    assert [(row["row"], row["sample"]) for row in run.finish()] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0)]
+
+
+def test_logprobs_are_kept_token_by_token_and_the_prompts_once_a_row(tmp_path: Path) -> None:
+    how = [None, '{"logprobs": 2, "n": 1}', '{"logprobs": 200}']
+    run = Run(tmp_path, pa.table({"ids": [[1, 2]] * 3, "how": how}), sampling={"n": 2, "logprobs": 0, "prompt_logprobs": 1})
+    first, second, third = run.requests(3)
+    assert [(r.sampling.logprobs, r.sampling.prompt_logprobs) for r in (first, second, third)] == [(0, 1), (0, None), (2, 1)]
+    prompt = [None, told(2, 1)]
+    run.sink.accept([output(second, [5], False, logprobs=[told(5)])], 0)
+    run.sink.accept([output(second, [6], True, logprobs=[told(6)])], 1)
+    run.sink.accept([output(third, [7], True, logprobs=[told(7, 2)], prompt_logprobs=prompt)], 1)
+    run.sink.accept([output(first, [8, 9], True, logprobs=[told(8), told(9)], prompt_logprobs=prompt)], 2)
+    rows = run.finish()
+    assert [row["token_ids"] for row in rows] == [[8, 9], [5, 6], [7], None]
+    found = [
+        row["logprobs"] and [(t["token_id"], t["logprob"], t["rank"], len(t["top"])) for t in row["logprobs"]] for row in rows
+    ]
+    assert found == [[(8, -2.0, 1, 0), (9, -2.25, 1, 0)], [(5, -1.25, 1, 0), (6, -1.5, 1, 0)], [(7, -1.75, 1, 2)], None]
+    whole = [None, {"token_id": 2, "logprob": -0.5, "rank": 1, "top": [{"token_id": 0, "logprob": 0.0}]}]
+    assert [row["prompt_logprobs"] for row in rows] == [whole, whole, whole, None]
+    assert rows[3]["error"] == "bad_sampling" and "sampling.logprobs=200" in rows[3]["error_message"]
+
+
+def test_no_more_lies_ready_than_the_window(tmp_path: Path) -> None:
+    run = Run(tmp_path, pa.table({"ids": [[1]] * 1024}), window=10)
+    run.source.start()
+    (row,) = run.take(1)
+    deadline = time.monotonic() + 20
+    while run.source._rows.qsize() < 10 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert run.source._rows.qsize() == 10 and row.index == 0
+    assert len(run.board.held()) == 1
+    run.source.stop()
