@@ -1,7 +1,7 @@
 """Rows in, rows out: what happens to a row on either side of the engine.
 
 `RequestSource` owns the way in: a thread that claims units, reads their rows, renders and tokenises them, and keeps a
-bounded window of them ready. `CompletionSink` owns the way out: it makes a request of
+bounded window of them ready, in an order that serves throughput. `CompletionSink` owns the way out: it makes a request of
 every sample of a row, gathers results by unit and commits every finished unit in the background. Neither knows how tokens
 are made, and a batch never drains at the border of a unit.
 """
@@ -26,6 +26,7 @@ from batchinfer.data.results import Logprobs, RowResult
 from batchinfer.data.schema import num_rows
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
+from batchinfer.engine.ordering import order_window
 from batchinfer.engine.sequence import Request, TokenOutput
 from batchinfer.job.claims import ClaimBoard
 from batchinfer.job.manifest import Manifest
@@ -64,14 +65,16 @@ class PendingRow:
 class RequestSource:
     """Claims, reads and prepares rows in a thread of its own; `take` hands them over without ever waiting.
 
-    At most `window` prepared rows lie ready, so host memory does not grow with the input; a further unit is claimed when less
-    than a quarter of that is left. An exception in the thread is raised again by `take`.
+    Rows of a unit are gathered until there are `window` of them, or until none lies ready any more; then they are ordered for
+    the prefix cache (`order_window`) and handed over, all of them before any that was gathered later. At most `window` rows
+    lie ready and about as many are gathered, so host memory does not grow with the input; a further unit is claimed when less
+    than a quarter of `window` is left. An exception in the thread is raised again by `take`.
     """
 
     def __init__(self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int):
         self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
-        self._enough = window // 4
+        self._window, self._enough = window, window // 4
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever
@@ -117,11 +120,17 @@ class RequestSource:
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
         rows = num_rows(unit)
         opened = OpenUnit(number, keys, table, [[] for _ in range(rows)], rows)
-        for start in range(0, rows, PREPARE_ROWS):
-            stop = min(start + PREPARE_ROWS, rows)
-            for index, prepared in enumerate(self._builder.prepare(table.slice(start, stop - start), keys[start:stop]), start):
-                if not self._put(PendingRow(opened, index, prepared)):
+        gathered: list[PendingRow] = []
+        step = min(PREPARE_ROWS, self._window)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            prepared = self._builder.prepare(table.slice(start, stop - start), keys[start:stop])
+            gathered += [PendingRow(opened, index, row) for index, row in enumerate(prepared, start)]
+            if stop == rows or len(gathered) >= self._window or self._rows.empty():
+                order = order_window([row.prepared.token_ids or [] for row in gathered])
+                if not all(self._put(gathered[i]) for i in order):
                     return
+                gathered = []
 
     def _put(self, row: PendingRow) -> bool:
         while not self._stop.is_set():

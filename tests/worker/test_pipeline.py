@@ -1,17 +1,19 @@
-"""Rows on either side of an engine that is played by hand: claimed, made into requests, gathered and committed."""
+"""Rows on either side of an engine that is played by hand: claimed, ordered, made into requests, gathered and committed."""
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from batchinfer.config import from_dict
 from batchinfer.data.columns import columns_to_read
-from batchinfer.data.prompts import PromptBuilder, row_seed
+from batchinfer.data.prompts import PreparedRow, PromptBuilder, row_seed
 from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.data.schema import RowRange
 from batchinfer.data.writer import read_footer
@@ -20,7 +22,7 @@ from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
-from batchinfer.worker.pipeline import CompletionSink, PendingRow, RequestSource
+from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, PendingRow, RequestSource
 
 VOCABULARY = 50
 
@@ -132,6 +134,47 @@ def test_logprobs_are_kept_token_by_token_and_the_prompts_once_a_row(tmp_path: P
     whole = [None, {"token_id": 2, "logprob": -0.5, "rank": 1, "top": [{"token_id": 0, "logprob": 0.0}]}]
     assert [row["prompt_logprobs"] for row in rows] == [whole, whole, whole, None]
     assert rows[3]["error"] == "bad_sampling" and "sampling.logprobs=200" in rows[3]["error_message"]
+
+
+def test_a_window_is_ordered_and_handed_over_whole(tmp_path: Path) -> None:
+    """The first rows go as soon as they are there; behind them, windows form as long as there is something to take."""
+    groups, count, window = 4, 5 * PREPARE_ROWS, 2 * PREPARE_ROWS
+    prompts = [[k % groups] * 64 + list(divmod(k, VOCABULARY)) for k in range(count)]
+    run = Run(tmp_path, pa.table({"ids": prompts}), window)
+    run.source.start()
+    rows: list[PendingRow] = []
+    deadline = time.monotonic() + 20
+    while len(rows) < count and time.monotonic() < deadline:
+        ready = run.source._rows.qsize()
+        if ready == window or len(rows) + ready == count:  # never faster than they are prepared
+            rows += run.take(1)
+        else:
+            time.sleep(0.0001)
+    run.source.stop()
+    expected: list[int] = []
+    for start, stop in ((0, PREPARE_ROWS), (PREPARE_ROWS, 3 * PREPARE_ROWS), (3 * PREPARE_ROWS, count)):
+        expected += sorted(range(start, stop), key=lambda k: (k % groups, k))
+    assert [row.index for row in rows] == expected
+
+
+def test_the_first_rows_do_not_wait_for_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, pa.table({"ids": [[1]] * (3 * PREPARE_ROWS)}))
+    go_on, prepare = threading.Event(), run.builder.prepare
+    calls = 0
+
+    def slow(table: pa.Table, keys: Any) -> list[PreparedRow]:
+        nonlocal calls
+        calls += 1
+        assert calls == 1 or go_on.wait(20)
+        return prepare(table, keys)
+
+    monkeypatch.setattr(run.builder, "prepare", slow)
+    run.source.start()
+    assert [row.index for row in run.take(PREPARE_ROWS)] == list(range(PREPARE_ROWS))
+    assert run.source.take() is None, "take never waits"
+    go_on.set()
+    assert len(run.take(2 * PREPARE_ROWS)) == 2 * PREPARE_ROWS
+    run.source.stop()
 
 
 def test_no_more_lies_ready_than_the_window(tmp_path: Path) -> None:
