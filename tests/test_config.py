@@ -104,8 +104,8 @@ def test_values_are_copied() -> None:
         ({"sampling__prompt_logprobs": 1000}, "sampling.prompt_logprobs=1000: must be at least 0 and at most 128"),
         ({"sampling__regex": "a+"}, "sampling.regex=a+: not supported yet by this version; the valid value is null"),
         (
-            {"engine__prefix_caching": True},
-            "engine.prefix_caching=true: not supported yet by this version; the valid value is false",
+            {"engine__cuda_graphs": True},
+            "engine.cuda_graphs=true: not supported yet by this version; the valid value is false",
         ),
         ({"hw__nodes_per_replica": 2}, "hw.nodes_per_replica=2: not supported yet by this version; the valid value is 1"),
         ({"output__keep_columns": "some"}, "output.keep_columns=some: must be all, none or a list of columns"),
