@@ -211,7 +211,7 @@ def test_real_torchrun_tells_the_ranks_words(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
     (tmp_path / "fake_rank.py").write_text(
         "import sys, os\nprint('args', sys.argv[1:])\nprint(f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}')\n"
-        "if os.environ['RANK'] == '1': sys.exit('no such file: model.safetensors')\nimport time; time.sleep(100)\n"
+        "if os.environ['RANK'] == '1': sys.exit('batchinfer: no such file: model.safetensors')\nimport time; time.sleep(100)\n"
     )
     job = node_job(run_dir, (), tensor_parallel=2, worker_module="fake_rank", env={"PYTHONPATH": str(tmp_path)})
     assert replace(job, command=None)() == 1
