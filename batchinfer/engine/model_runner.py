@@ -21,7 +21,7 @@ from batchinfer.config import Config, ConfigError, EngineConfig
 from batchinfer.engine.batch import Batch, BatchArrays
 from batchinfer.engine.channel import BatchChannel, open_channel
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
-from batchinfer.engine.sampler import sample_tokens
+from batchinfer.engine.sampler import TokenMask, sample_tokens
 from batchinfer.engine.sequence import StepResult, TokenLogprobs
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
@@ -160,12 +160,15 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def sample(self, batch: Batch, forward: Forward) -> Drawn:
-        """Rank 0: launch the drawing of tokens, which stay on the device for the next step and go to the host beside it."""
+    def sample(self, batch: Batch, forward: Forward, mask: TokenMask | None = None) -> Drawn:
+        """Rank 0: launch the drawing of tokens, which stay on the device for the next step and go to the host beside it.
+
+        `mask`: what grammars allow.
+        """
         token_ids, logprobs = torch.empty(0, dtype=torch.int32), None
         if forward.logits is not None:
             token_cache = self.token_cache[:-1].view(self.num_blocks, -1)
-            sampled = sample_tokens(forward.logits, batch, forward.step, token_cache)
+            sampled = sample_tokens(forward.logits, batch, forward.step, token_cache, mask)
             token_ids, logprobs = sampled.token_ids.int(), sampled.logprobs
             self._keep(token_ids, forward.step)
         on_host = token_ids.to("cpu", non_blocking=True)
