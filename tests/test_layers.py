@@ -20,11 +20,11 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
     "machines": "engine.engine job.placing job.node job.replica",
-    "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
+    "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
-    "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.tokenizer_files "
-    "data.tokenizer data.chat data.prompts ops",
+    "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
+    "data.tokenizer_files data.tokenizer data.chat data.prompts ops",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",

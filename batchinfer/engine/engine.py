@@ -20,7 +20,9 @@ import torch
 from batchinfer.config import Config
 from batchinfer.engine.batch import Batch, BatchBuilder, prompt_positions
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.grammar import GrammarMasks, follow
 from batchinfer.engine.model_runner import ModelRunner, build_runner
+from batchinfer.engine.sampler import TokenMask
 from batchinfer.engine.scheduler import ScheduledBatch, Scheduler
 from batchinfer.engine.sequence import (
     PENDING,
@@ -52,8 +54,8 @@ class Runner(Protocol):
     def forward(self, batch: Batch) -> Any:
         """Launch the forward pass."""
 
-    def sample(self, batch: Batch, forward: Any) -> Drawn:
-        """Launch the drawing of a token for each sequence that draws one."""
+    def sample(self, batch: Batch, forward: Any, mask: TokenMask | None) -> Drawn:
+        """Launch the drawing of a token for each sequence that draws one. `mask`: what grammars allow."""
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -67,6 +69,7 @@ class Step:
     forward: Any  # the runner's handle
     stats: StepStats
     places: list[tuple[Sequence, int]] = field(default_factory=list)  # who draws a token, and where among its tokens
+    structured: list[tuple[int, Sequence]] = field(default_factory=list)  # which of them have a grammar
     prompt_places: list[tuple[Sequence, int]] = field(default_factory=list)  # whose prompt's log-probabilities, how many
     drawn: Drawn | None = None
 
@@ -83,6 +86,7 @@ class Engine:
         blocks = scheduler.blocks
         max_blocks = blocks.num_blocks_for(self.max_model_len)
         self.builder = BatchBuilder(scheduler.max_num_seqs, max_blocks, blocks.block_size, eos_token_ids)
+        self.masks = GrammarMasks(eos_token_ids)
         self.sequences: dict[int, Sequence] = {}
         self.in_flight: Step | None = None  # launched by the step before
         self.num_steps = 0
@@ -157,13 +161,16 @@ class Engine:
         if seq.num_computed_tokens > seq.num_prefilled_tokens:
             seq.num_prefilled_tokens = seq.num_computed_tokens
         if seq.num_computed_tokens == len(seq.token_ids):
+            if seq.matcher is not None:
+                step.structured.append((len(step.places), seq))
             step.places.append((seq, len(seq.token_ids)))
             seq.token_ids.append(PENDING)
 
     def _draw(self, step: Step | None) -> Step | None:
         """Launch the drawing of a step's tokens. All that were drawn before are known by now."""
         if step is not None:
-            step.drawn = self.runner.sample(step.batch, step.forward)
+            mask = self.masks.fill(step.structured) if step.structured else None
+            step.drawn = self.runner.sample(step.batch, step.forward, mask)
         return step
 
     def _describe(self, scheduled: ScheduledBatch) -> StepStats:
@@ -214,15 +221,18 @@ class Engine:
             stats.inter_token_s.append(now - seq.last_token_s)
         seq.last_token_s = now
         seq.token_ids[index] = token_id
-        finish_reason = self._finish_reason(seq, index, token_id)
+        error = None if seq.matcher is None else follow(seq.matcher, token_id)
+        finish_reason = self._finish_reason(seq, index, token_id) if error is None else "error"
         if finish_reason is not None:
             latency = now - seq.admitted_s
             self._finish(seq)
         logprobs = None if logprob is None else [logprob]
-        return TokenOutput(seq.request.request_id, [token_id], finish_reason, ttft, latency, logprobs, prompt_logprobs)
+        return TokenOutput(seq.request.request_id, [token_id], finish_reason, ttft, latency, logprobs, prompt_logprobs, error)
 
     def _finish_reason(self, seq: Sequence, index: int, token_id: int) -> str | None:
         sampling = seq.request.sampling
+        if seq.matcher is not None and token_id in self.eos_token_ids:  # it was allowed because the text may end, or must
+            return "stop"
         if index + 1 - seq.num_prompt_tokens > sampling.min_tokens:
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
                 return "stop"

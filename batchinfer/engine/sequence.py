@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 PENDING = -1  # stands in a sequence's tokens for one that the device draws and the host has not read yet
 
@@ -37,6 +41,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a completion must look like: a matcher in its start state, which requests share and nobody advances."""
+
+    matcher: LLMatcher
+    vocab_size: int  # of the model
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to complete. `seed` (64 bit, unsigned) alone decides its random draws."""
 
@@ -44,6 +56,7 @@ class Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     seed: int
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +101,14 @@ class Sequence:
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and those after it
+    matcher: LLMatcher | None = None  # has consumed every known token of the completion
 
     @classmethod
     def from_request(cls, request: Request, now: float, max_model_len: int) -> Sequence:
         prompt = request.prompt_token_ids
         longest = min(len(prompt) + request.sampling.max_tokens, max_model_len)
-        return cls(request, list(prompt), len(prompt), longest, admitted_s=now)
+        matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
+        return cls(request, list(prompt), len(prompt), longest, admitted_s=now, matcher=matcher)
 
     @property
     def num_tokens(self) -> int:
@@ -106,10 +121,10 @@ class Sequence:
 
 @dataclass(slots=True)  # not frozen: that costs three times as much to make, for every row of every step
 class TokenOutput:
-    """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop` or `length`.
+    """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop`, `length` or `error`.
 
     The token that stopped it (an end-of-sequence or stop token id) is the last of `token_ids` and is counted. Log-probabilities
-    are None where they were not asked for.
+    are None where they were not asked for. `error`: its grammar could not be followed to the end, in llguidance's words.
     """
 
     request_id: int
@@ -119,6 +134,7 @@ class TokenOutput:
     latency_s: float | None  # set when finished: seconds since admission
     logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token; nothing precedes the prompt's first: None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

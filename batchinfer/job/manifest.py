@@ -29,7 +29,7 @@ from batchinfer.data.schema import SCHEMA_VERSION, RowRange, Shard, Unit
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish_bytes, replace_bytes
 
-PACKAGES = ("batchinfer", "torch", "pyarrow", "tokenizers", "safetensors", "jinja2")
+PACKAGES = ("batchinfer", "torch", "pyarrow", "tokenizers", "safetensors", "jinja2", "llguidance")
 HASH_THREADS, HASH_BYTES = 4, 8 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 NOT_NULL = " not null"  # behind the type of an input column that can hold no null in any shard

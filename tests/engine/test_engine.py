@@ -69,7 +69,8 @@ class HashRunner:
         self.launched.append(lambda: self.compute(launched))
         return launched
 
-    def sample(self, batch: Batch, forward: Batch) -> DrawnTokens:
+    def sample(self, batch: Batch, forward: Batch, mask: object) -> DrawnTokens:
+        assert mask is None
         drawn = DrawnTokens(self)
         self.launched.append(lambda: drawn.draw(forward))
         return drawn
