@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import operator
 import re
@@ -28,7 +29,10 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
-    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works)."""
+    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works).
+
+    as_json=True: a mapping is kept as JSON text, because the order of its names matters and must survive in the fingerprint.
+    """
     metadata = {"kind": kind, "help": help, **checks}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -118,9 +122,11 @@ class SamplingConfig:
         None, SCHEMA, "log-probabilities of the chosen token and the k likeliest, as a column", minimum=0, maximum=128
     )
     prompt_logprobs: int | None = _key(None, SCHEMA, "the same for the prompt's tokens", minimum=0, maximum=128)
-    json_schema: str | None = _key(None, RESULT, "JSON schema that the completion must satisfy", only=None)
-    regex: str | None = _key(None, RESULT, "regular expression that the completion must match", only=None)
-    choice: list[str] | None = _key(None, RESULT, "strings of which the completion is one", only=None)
+    json_schema: str | dict[str, Any] | None = _key(
+        None, RESULT, "JSON schema that the completion must satisfy: JSON text or a mapping", as_json=True
+    )
+    regex: str | None = _key(None, RESULT, "regular expression that the whole completion must match (Rust's syntax)")
+    choice: list[str] | None = _key(None, RESULT, "strings of which the completion is one")
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,8 @@ def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), raw, name + ".")
     value = _typed(hint, raw, name)
+    if f.metadata.get("as_json") and isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
     _check_range(f.metadata, value, name)
     return value
 
@@ -337,13 +345,29 @@ def check_together(config: Config, planning: bool = False) -> None:
     _check_model(config.model, config.hw, planning)
     _check_hw(config.hw)
     _check_input(config.input)
-    if config.sampling.min_tokens > config.sampling.max_tokens:
-        raise ConfigError(
-            f"{show('sampling.min_tokens', config.sampling.min_tokens)}: must be at most "
-            f"{show('sampling.max_tokens', config.sampling.max_tokens)}"
-        )
+    check_sampling(config.sampling)
     if isinstance(config.output.keep_columns, str) and config.output.keep_columns not in ("all", "none"):
         raise ConfigError(f"{show('output.keep_columns', config.output.keep_columns)}: must be all, none or a list of columns")
+
+
+GRAMMARS = ("json_schema", "regex", "choice")  # of these at most one says what a completion must look like
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """The rules that join sampling keys, for the config and for single rows. Raises ConfigError.
+
+    Whether a grammar means anything is found where it is compiled (`data.grammar`).
+    """
+    if sampling.min_tokens > sampling.max_tokens:
+        raise ConfigError(
+            f"{show('sampling.min_tokens', sampling.min_tokens)}: must be at most "
+            f"{show('sampling.max_tokens', sampling.max_tokens)}"
+        )
+    given = [f"sampling.{name}" for name in GRAMMARS if getattr(sampling, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: at most one of them may be set")
+    if sampling.choice == []:
+        raise ConfigError("sampling.choice=[]: must name at least one string")
 
 
 def _check_model(model: ModelConfig, hw: HardwareConfig, planning: bool) -> None:

@@ -51,6 +51,14 @@ def test_plain_form_round_trips_through_json() -> None:
     assert c.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_schema_is_kept_as_text_in_its_own_order() -> None:
+    """Names are generated in the schema's order, so two orders are two requests."""
+    for text in ('{"b": 1, "a": {"c": ["é"]}}', '{"a": {"c": ["é"]}, "b": 1}'):
+        for given in (text, json.loads(text)):
+            config = c.from_dict(request(sampling__json_schema=given))
+            assert config.sampling.json_schema == text and c.from_dict(config.to_dict()) == config
+
+
 def test_flatten_gives_every_leaf_in_order() -> None:
     assert list(c.flatten(c.from_dict(request()))) == [name for name, _ in c.leaves()]
 
@@ -102,7 +110,10 @@ def test_values_are_copied() -> None:
         ({"sampling__frequency_penalty": 3}, "sampling.frequency_penalty=3.0: must be at least -2 and at most 2"),
         ({"sampling__logprobs": -1}, "sampling.logprobs=-1: must be at least 0 and at most 128"),
         ({"sampling__prompt_logprobs": 1000}, "sampling.prompt_logprobs=1000: must be at least 0 and at most 128"),
-        ({"sampling__regex": "a+"}, "sampling.regex=a+: not supported yet by this version; the valid value is null"),
+        ({"sampling__regex": 3}, "sampling.regex=3: must be text or null; quote a number to make it text"),
+        ({"sampling__choice": [True]}, "sampling.choice=[True]: must be a list of texts, [a,b] or null"),
+        ({"sampling__json_schema": ["a"]}, "sampling.json_schema=['a']: must be text or a group of names and values or null"),
+        ({"sampling__json_schema": {1: 2}}, "sampling.json_schema={1: 2}: the name 1 must be text"),
         (
             {"engine__cuda_graphs": True},
             "engine.cuda_graphs=true: not supported yet by this version; the valid value is false",
@@ -127,6 +138,11 @@ def test_single_keys(changes: dict[str, Any], said: str) -> None:
             "input.apply_chat_template=true: must go with input.prompt_column or input.prompt_template, not with",
         ),
         ({"sampling__min_tokens": 5, "sampling__max_tokens": 4}, "sampling.min_tokens=5: must be at most sampling.max_tokens=4"),
+        ({"sampling__choice": []}, "sampling.choice=[]: must name at least one string"),
+        (
+            {"sampling__regex": "", "sampling__json_schema": "{}"},
+            "sampling.json_schema and sampling.regex: at most one of them may be set",
+        ),
         ({"model__load_format": "safetensors"}, "model.path=null: must name"),
         ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
         ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),

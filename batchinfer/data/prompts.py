@@ -18,10 +18,11 @@ import pyarrow as pa
 from batchinfer.config import Config, ConfigError, SamplingConfig
 from batchinfer.data.chat import ChatTemplate, PromptTemplate
 from batchinfer.data.columns import check_columns, columns_needed, columns_to_read
+from batchinfer.data.grammar import BadGrammar, GrammarCompiler
 from batchinfer.data.sampling import BadSampling, row_sampling, to_params
 from batchinfer.data.schema import ERROR_CODES
 from batchinfer.data.tokenizer import Tokenizer
-from batchinfer.engine.sequence import SamplingParams
+from batchinfer.engine.sequence import Grammar, SamplingParams
 
 __all__ = ["PreparedRow", "PromptBuilder", "check_columns", "columns_needed", "columns_to_read", "row_seed"]
 
@@ -41,6 +42,7 @@ class PreparedRow:
     error: str | None
     error_message: str | None
     num_prompt_tokens: int
+    grammar: Grammar | None = None
 
 
 class RowError(Exception):
@@ -63,6 +65,7 @@ class _Draft:
     """A row on the way: text still to be tokenised, or token ids that are ready."""
 
     sampling: SamplingConfig
+    grammar: Grammar | None
     content: str | list[int]
 
 
@@ -89,7 +92,7 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
 
 
 class PromptBuilder:
-    """Turns rows into `PreparedRow`s. Holds no state between calls, so that any thread may call `prepare`."""
+    """Turns rows into `PreparedRow`s. Holds no state between calls but compiled grammars; any thread may call `prepare`."""
 
     def __init__(
         self,
@@ -98,7 +101,9 @@ class PromptBuilder:
         chat_template: ChatTemplate | None,
         max_model_len: int,
         vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
+        """Raises ConfigError for what is missing or malformed: templates, and the grammar that all rows share."""
         source = config.input
         self._config, self._source = config, source
         self._tokenizer, self._chat_template = tokenizer, chat_template
@@ -108,6 +113,11 @@ class PromptBuilder:
         if self._is_chat and chat_template is None:
             key = "input.messages_column" if source.messages_column is not None else "input.apply_chat_template"
             raise ConfigError(f"{key} needs a chat template and the checkpoint has none; give one with model.chat_template")
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
+        try:
+            self._grammars.compile(config.sampling)
+        except BadGrammar as error:
+            raise ConfigError(str(error)) from error
 
     def prepare(self, table: pa.Table, keys: Sequence[tuple[str, int]]) -> list[PreparedRow]:
         """One PreparedRow for each row of `table`, whose names are `keys` (shard path, row)."""
@@ -124,7 +134,8 @@ class PromptBuilder:
 
     def _draft(self, row: Mapping[str, Any]) -> _Draft | RowError:
         try:
-            return _Draft(self._sampling(row), self._content(row))
+            sampling = self._sampling(row)
+            return _Draft(sampling, self._grammar(sampling), self._content(row))
         except RowError as error:
             return error
 
@@ -141,6 +152,12 @@ class PromptBuilder:
         if sampling.stop and self._tokenizer is None:
             raise RowError("bad_sampling", "stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids")
         return sampling
+
+    def _grammar(self, sampling: SamplingConfig) -> Grammar | None:
+        try:
+            return self._grammars.compile(sampling)
+        except BadGrammar as error:
+            raise RowError("bad_grammar", str(error)) from error
 
     def _content(self, row: Mapping[str, Any]) -> str | list[int]:
         if self._source.token_ids_column is not None:
@@ -190,7 +207,7 @@ class PromptBuilder:
         except RowError as error:
             return PreparedRow(None, None, (), error.code, _plain(str(error)), 0)
         sampling = to_params(draft.sampling, self._max_model_len - len(fitted), self._vocab_size)
-        return PreparedRow(fitted, sampling, self._seeds(draft.sampling, key), None, None, len(fitted))
+        return PreparedRow(fitted, sampling, self._seeds(draft.sampling, key), None, None, len(fitted), draft.grammar)
 
     def _seeds(self, sampling: SamplingConfig, key: tuple[str, int]) -> tuple[int, ...]:
         seed = self._config.seed if sampling.seed is None else sampling.seed

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from batchinfer.config import ConfigError, SamplingConfig, _build
+from batchinfer.config import GRAMMARS, ConfigError, SamplingConfig, _build, check_sampling
 from batchinfer.engine.sequence import SamplingParams
 
 _INTEGERS = {name for name, hint in typing.get_type_hints(SamplingConfig).items() if int in (hint, *typing.get_args(hint))}
@@ -20,7 +20,11 @@ class BadSampling(ValueError):
 
 
 def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
-    """`base` with a row's overrides: a mapping, JSON text of one, or None. Null fields override nothing. Raises BadSampling."""
+    """`base` with a row's overrides: a mapping, JSON text of one, or None. Null fields override nothing. Raises BadSampling.
+
+    A row's grammar takes the place of the base's, of whichever kind.
+    """
+    is_struct = isinstance(override, Mapping)
     if isinstance(override, str):
         try:
             override = json.loads(override)
@@ -33,9 +37,19 @@ def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
     given = {key: _whole(key, value) for key, value in override.items() if value is not None}
     if not given:
         return base
-    sampling = _checked(vars(base) | given)
+    if is_struct and "json_schema" in given:
+        given["json_schema"] = _without_nulls(given["json_schema"])
+    replaced = dict.fromkeys(GRAMMARS) if not given.keys().isdisjoint(GRAMMARS) else {}
+    sampling = _checked(vars(base) | replaced | given)
     _require_columns(base, sampling)
     return sampling
+
+
+def _without_nulls(value: object) -> object:
+    """A nested value of an Arrow struct, where every row has the names of all rows, and null stands for those it lacks."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _whole(key: str, value: object) -> object:
@@ -46,10 +60,9 @@ def _whole(key: str, value: object) -> object:
 def _checked(values: dict[str, Any]) -> SamplingConfig:
     try:
         sampling: SamplingConfig = _build(SamplingConfig, values, "sampling.")
+        check_sampling(sampling)
     except (ConfigError, OverflowError) as error:  # JSON integers have no limit, floats have
         raise BadSampling(str(error)) from error
-    if sampling.min_tokens > sampling.max_tokens:
-        raise BadSampling(f"sampling.min_tokens={sampling.min_tokens}: must be at most sampling.max_tokens={sampling.max_tokens}")
     if "" in sampling.stop:
         raise BadSampling("sampling.stop: a stop string must not be empty")
     return sampling

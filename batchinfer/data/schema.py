@@ -57,6 +57,7 @@ ERROR_CODES = (
     "bad_messages",  # not a list of {role, content}, or JSON text that is not
     "bad_token_ids",  # outside the vocabulary
     "bad_sampling",  # input.sampling_column: unknown key or value out of range
+    "bad_grammar",  # json_schema, regex or choice: not valid, impossible, or beyond what can be followed to its end
 )
 
 

@@ -55,6 +55,10 @@ class Tokenizer:
     def eos_token_ids(self) -> list[int]:
         return [] if self.eos_token_id is None else [self.eos_token_id]
 
+    def to_json(self) -> str:
+        """What a tokenizer.json holds."""
+        return str(self._backend.to_str())
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text. Special tokens: those that the tokenizer's own post-processor adds, and no more."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)

@@ -166,7 +166,8 @@ def _count_tokens(config: Config, fitted: Fit, table: pa.Table, keys: Sequence[t
 def _prompt_builder(config: Config, fitted: Fit) -> PromptBuilder:
     """As a replica will make it. Raises ConfigError for what is missing or malformed."""
     template = ChatTemplate.load(config.model.path, config.model.chat_template)
-    return PromptBuilder(config, load_tokenizer(config), template, fitted.max_model_len, fitted.shape.vocab_size)
+    shape = fitted.shape
+    return PromptBuilder(config, load_tokenizer(config), template, fitted.max_model_len, shape.vocab_size, shape.eos_token_ids)
 
 
 @dataclass(frozen=True)

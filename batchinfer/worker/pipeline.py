@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from batchinfer.config import Config
+from batchinfer.data.grammar import reason
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.results import Logprobs, RowResult
@@ -223,7 +224,7 @@ class CompletionSink:
             checker = StopChecker(sampling.stop, IncrementalDecoder(self._tokenizer), sampling.min_tokens)
         self._next_id += 1
         self._running[self._next_id] = RunningSample(row, result, time.monotonic(), checker)
-        return Request(self._next_id, prepared.token_ids, sampling, prepared.seeds[result.sample])
+        return Request(self._next_id, prepared.token_ids, sampling, prepared.seeds[result.sample], prepared.grammar)
 
     def accept(self, outputs: list[TokenOutput], step: int) -> list[int]:
         """Takes a step's tokens. Returns the requests to abort: those that a stop string has ended."""
@@ -241,6 +242,9 @@ class CompletionSink:
                 stopped.append(output.request_id)
             result.step_last, result.completion = step, text
             result.finish_reason = "stop" if text is not None else str(output.finish_reason)
+            if output.error is not None:
+                result.completion, result.finish_reason = None, "error"
+                result.error, result.error_message = "bad_grammar", f"the grammar cannot be followed: {reason(output.error)}"
             result.latency_s = time.monotonic() - running.admitted_s
             del self._running[output.request_id]
             self._finish(running.row, result)

@@ -85,7 +85,8 @@ class Replica:
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
         tokenizer = load_tokenizer(config)
         template = ChatTemplate.load(config.model.path, config.model.chat_template)
-        builder = PromptBuilder(config, tokenizer, template, engine.max_model_len, shape.vocab_size)
+        length, vocab_size = engine.max_model_len, shape.vocab_size
+        builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         window = max(1, 2 * config.engine.max_num_seqs // config.sampling.n)
         self._source = RequestSource(manifest, self._board, reader, builder, window)
         self._sink = CompletionSink(run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit)

@@ -42,7 +42,7 @@ def prepare(tokenizer: Tokenizer) -> Any:
         **source: Any,
     ) -> list[PreparedRow]:
         config = Config(seed=7, input=InputConfig(**source), sampling=sampling or SamplingConfig())
-        builder = PromptBuilder(config, tokenizer, ChatTemplate.load(None, CHAT), max_model_len, vocab_size)
+        builder = PromptBuilder(config, tokenizer, ChatTemplate.load(None, CHAT), max_model_len, vocab_size, [1])
         table = pa.table(values)
         prepared = builder.prepare(table, [("s.parquet", 10 + i) for i in range(table.num_rows)])
         assert len(prepared) == table.num_rows
@@ -335,7 +335,9 @@ def test_no_override(prepare: Any) -> None:
         ('{"presence_penalty": 2.1}', "at least -2 and at most 2"),
         ('{"logprobs": 1}', "sampling.logprobs=1: the run has no column"),
         ('{"prompt_logprobs": 0}', "sampling.prompt_logprobs=0: the run has no column"),
-        ('{"regex": "a+"}', "not supported yet"),
+        ('{"regex": 1}', "must be text"),
+        ('{"regex": "a", "choice": ["a"]}', "sampling.regex and sampling.choice: at most one of them may be set"),
+        ('{"choice": []}', "must name at least one string"),
         (r'{"\ud800": 1}', "no such key"),
         ("[1]", "must be an object"),
         ("{", "not JSON"),
@@ -351,6 +353,54 @@ def test_bad_overrides(prepare: Any, bad: str, words: str) -> None:
 def test_messages_of_errors_are_of_bounded_length(prepare: Any) -> None:
     row = override(prepare, json.dumps({"a" * 10_000: 1}))
     assert row.error == "bad_sampling" and len(row.error_message) < 600
+
+
+def accepted(row: PreparedRow, tokenizer: Tokenizer) -> str | None:
+    """Which of a few texts the row's grammar takes as a whole; None: it has no grammar."""
+    if row.grammar is None:
+        return None
+    texts = ["ab", "x", '{"k":1}', "null"]
+    takes = {text: row.grammar.matcher.deep_copy() for text in texts}
+    whole = [t for t in texts if takes[t].consume_tokens(tokenizer.encode_batch([t], False)[0]) and takes[t].is_accepting()]
+    return " ".join(whole)
+
+
+SCHEMA = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
+
+
+def test_a_rows_grammar_takes_the_place_of_the_configs(prepare: Any, tokenizer: Tokenizer) -> None:
+    overrides = [None, {"regex": None, "top_k": 3}, {"regex": "a."}, {"choice": ["x", "y"]}, {"json_schema": SCHEMA}]
+    overrides += [{"json_schema": json.dumps(SCHEMA)}, {"json_schema": {"const": None}}, {"regex": "("}, {"choice": ["\ud800"]}]
+    values = {"p": ["p"] * len(overrides), "s": [None if o is None else json.dumps(o) for o in overrides]}
+    source = {"prompt_column": "p", "sampling_column": "s"}
+    rows = prepare(values, SamplingConfig(choice=["x"]), **source)
+    assert [accepted(row, tokenizer) for row in rows[:7]] == ["x", "x", "ab", "x", '{"k":1}', '{"k":1}', "null"]
+    assert [row.error for row in rows] == [None] * 7 + ["bad_grammar"] * 2
+    assert rows[7].error_message == "sampling.regex=(: unclosed group"
+    pa.array([row.error_message for row in rows])
+    assert [accepted(row, tokenizer) for row in prepare(values, **source)[:3]] == [None, None, "ab"]
+    assert rows[4].grammar is rows[5].grammar  # one text, compiled once
+
+
+def test_a_struct_has_the_names_of_all_rows(prepare: Any, tokenizer: Tokenizer) -> None:
+    structs = pa.array(
+        [{"json_schema": SCHEMA}, {"json_schema": {"type": "string", "maxLength": 0, "enum": None}}, {"regex": "x"}]
+    )
+    assert structs[1].as_py()["json_schema"]["properties"] is None
+    rows = prepare({"p": ["p"] * 3, "s": structs}, prompt_column="p", sampling_column="s")
+    assert [row.error_message for row in rows] == [None] * 3
+    assert [accepted(row, tokenizer) for row in rows] == ['{"k":1}', "", "x"]
+
+
+def test_a_grammar_that_all_rows_share_is_refused_at_once(tokenizer: Tokenizer) -> None:
+    source = InputConfig(token_ids_column="t")
+    for sampling, reads_with, words in (
+        (SamplingConfig(regex="("), tokenizer, r"sampling\.regex=\(: unclosed group"),
+        (SamplingConfig(json_schema="{"), tokenizer, r"sampling\.json_schema=\{: not JSON"),
+        (SamplingConfig(regex="a"), None, r"has no tokenizer\.json"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            PromptBuilder(Config(input=source, sampling=sampling), reads_with, None, 100, 330, [1])
 
 
 def test_bad_rows_do_not_move_their_neighbours(prepare: Any, tokenizer: Tokenizer) -> None:
