@@ -39,7 +39,7 @@ class AnswerAtOnce:
     def forward(self, batch: Batch) -> None:
         pass
 
-    def sample(self, batch: Batch, forward: Any) -> AnswerAtOnce:
+    def sample(self, batch: Batch, forward: Any, mask: object) -> AnswerAtOnce:
         self.num_samples = batch.num_samples
         return self
 
