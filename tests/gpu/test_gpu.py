@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.run.jobs import batchinfer, texts
+from tests.run.jobs import batchinfer, completions, texts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -31,3 +31,10 @@ def test_sampled_rows_do_not_depend_on_the_batch_up_to_near_ties(tmp_path: Path)
         assert result.returncode == 0, result.stdout + result.stderr
     wide, narrow = texts(tmp_path / "wide"), texts(tmp_path / "narrow")
     assert sum(wide[key] != narrow[key] for key in wide) <= 2
+
+
+def test_completions_on_a_gpu_keep_to_their_grammar(tmp_path: Path) -> None:
+    choice = "sampling.choice=[yes,no,not at all]"
+    result = batchinfer(*REQUEST, "hw=h200x1", "sampling.temperature=1", choice, f"output.dir={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(completions(tmp_path / "out")["completion"].to_pylist()) == {"yes", "no", "not at all"}
