@@ -73,7 +73,7 @@ class Stopwatch:
 def measure(args: argparse.Namespace, overlap: bool) -> dict[str, float]:
     """Milliseconds a step of each part, and of the whole."""
     max_model_len = args.context + 2 * args.steps + 100
-    blocks = BlockManager(args.rows * (max_model_len // BLOCK_SIZE + 1), BLOCK_SIZE)
+    blocks = BlockManager(args.rows * (max_model_len // BLOCK_SIZE + 1), BLOCK_SIZE, prefix_caching=True)
     scheduler = Scheduler(blocks, args.rows, args.rows * args.context, max_model_len)
     engine = Engine(AnswerAtOnce(args.features), scheduler, frozenset({2}), overlap)
     rng = random.Random(0)
