@@ -68,14 +68,16 @@ class RequestSource:
 
     Rows of a unit are gathered until there are `window` of them, or until none lies ready any more; then they are ordered for
     the prefix cache (`order_window`) and handed over, all of them before any that was gathered later. At most `window` rows
-    lie ready and about as many are gathered, so host memory does not grow with the input; a further unit is claimed when less
-    than a quarter of `window` is left. An exception in the thread is raised again by `take`.
+    lie ready and about as many are gathered, so host memory does not grow with the input; a further unit is claimed when no
+    more than `enough` are left. An exception in the thread is raised again by `take`.
     """
 
-    def __init__(self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int):
+    def __init__(
+        self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int, enough: int
+    ):
         self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
-        self._window, self._enough = window, window // 4
+        self._window, self._enough = window, enough
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever

@@ -34,6 +34,7 @@ from batchinfer.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
+ORDERED_ROWS = 1024  # a window to order: larger ones find more in the prefix cache (docs/performance.md)
 IDLE_S = 0.02  # pause of the loop when neither a row nor a token is there
 CANCEL_INTERVAL_S = 2.0
 
@@ -87,8 +88,8 @@ class Replica:
         template = ChatTemplate.load(config.model.path, config.model.chat_template)
         length, vocab_size = engine.max_model_len, shape.vocab_size
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
-        window = max(1, 2 * config.engine.max_num_seqs // config.sampling.n)
-        self._source = RequestSource(manifest, self._board, reader, builder, window)
+        rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
+        self._source = RequestSource(manifest, self._board, reader, builder, max(2 * rows, ORDERED_ROWS), enough=-(-rows // 2))
         self._sink = CompletionSink(run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit)
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
