@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchinfer.checks import valid_range
 from batchinfer.config import Config, ConfigError, flatten, leaves, show
 
 if TYPE_CHECKING:
@@ -244,7 +245,8 @@ def _help(verb: str) -> int:
     defaults = flatten(Config())
     for name, f in leaves():
         mark = " " if f.metadata["kind"] == "throughput" else "*"
-        print(f"{mark} {show(name, defaults[name])}\n      {f.metadata['help']}")
+        valid = valid_range(f.metadata)
+        print(f"{mark} {show(name, defaults[name])}\n      {f.metadata['help']}{f'; {valid}' if valid else ''}")
     return 0
 
 

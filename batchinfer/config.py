@@ -10,22 +10,19 @@ content lies; the content itself is fingerprinted, so a run survives a move.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import operator
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from batchinfer.checks import ConfigError as ConfigError
+from batchinfer.checks import check_range, typed
+from batchinfer.checks import show as show
+from batchinfer.checks import unknown_key as unknown_key
+
 RESULT, SCHEMA, THROUGHPUT = "result", "schema", "throughput"
-
-
-class ConfigError(ValueError):
-    """The request is wrong: one sentence naming the field, its value and what is valid. The command line exits with 2."""
 
 
 def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
@@ -51,7 +48,9 @@ class ModelConfig:
         choices=("auto", "bfloat16", "float16", "float32", "float64"),
     )
     max_model_len: int | None = _key(None, RESULT, "longest prompt + completion in tokens; default: the checkpoint's", minimum=2)
-    chat_template: str | None = _key(None, RESULT, "jinja2 text or a file that replaces the checkpoint's chat template")
+    chat_template: str | None = _key(
+        None, RESULT, "in place of the checkpoint's chat template: a file, jinja2 text, or the name of one of its templates"
+    )
     load_format: str = _key(
         "safetensors", RESULT, "random: seeded weights of the right shapes, no checkpoint", choices=("safetensors", "random")
     )
@@ -84,7 +83,9 @@ class InputConfig:
     prompt_template: str | None = _key(None, RESULT, "jinja2 text over the row's columns that makes the prompt")
     system_prompt: str | None = _key(None, RESULT, "system message put before every chat that has none")
     apply_chat_template: bool = _key(False, RESULT, "render a plain prompt as one user message")
-    chat_template_kwargs: dict[str, Any] = _key({}, RESULT, "extra variables for the chat template")
+    chat_template_kwargs: dict[str, Any] = _key(
+        {}, RESULT, "variables for the chat template; continue_final_message=true: the model goes on with an assistant's last one"
+    )
     sampling_column: str | None = _key(None, RESULT, "column (struct or JSON text) that overrides sampling keys for its row")
     rows_per_unit: int = _key(1024, THROUGHPUT, "rows claimed, committed and retried together; frozen with the plan", minimum=1)
     limit: int | None = _key(None, RESULT, "run only the first so many rows", minimum=1)
@@ -126,7 +127,7 @@ class SamplingConfig:
         None, RESULT, "JSON schema that the completion must satisfy: JSON text or a mapping", as_json=True
     )
     regex: str | None = _key(None, RESULT, "regular expression that the whole completion must match (Rust's syntax)")
-    choice: list[str] | None = _key(None, RESULT, "strings of which the completion is one")
+    choice: list[str] | None = _key(None, RESULT, "texts of which the completion is one")
 
 
 @dataclass(frozen=True)
@@ -249,90 +250,11 @@ def _build(cls: type, raw: Any, prefix: str) -> Any:
 def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), raw, name + ".")
-    value = _typed(hint, raw, name)
+    value = typed(hint, raw, name)
     if f.metadata.get("as_json") and isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False)
-    _check_range(f.metadata, value, name)
+    check_range(f.metadata, value, name)
     return value
-
-
-def unknown_key(name: str, prefix: str, names: list[str]) -> ConfigError:
-    """The error for a key that `prefix` (a group with its dot, or empty: the top) does not have."""
-    close = difflib.get_close_matches(name.removeprefix(prefix).split(".")[0], names, n=1)
-    hint = f"did you mean {prefix}{close[0]}? " if close else ""
-    where = f"keys of {prefix[:-1]}" if prefix else "keys at the top"
-    return ConfigError(f"{name}: no such key; {hint}{where}: {', '.join(names)}")
-
-
-def show(name: str, value: Any) -> str:
-    """`name=value` as a user would write it."""
-    return f"{name}={_text(value)}"
-
-
-def _text(value: Any) -> str:
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value)) if not isinstance(value, str) else value
-
-
-_TYPE_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "null"}
-
-
-def _describe(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return "a list of integers, [1,2]" if typing.get_args(hint) == (int,) else "a list of texts, [a,b]"
-    return "a group of names and values" if typing.get_origin(hint) is dict else _TYPE_NAMES[hint]
-
-
-def _typed(hint: Any, raw: Any, name: str) -> Any:
-    """`raw` as a value of the type `hint`: integers become floats where asked, and one text a list of it; no more than that."""
-    if hint == list[str] and isinstance(raw, str):
-        raw = [raw]
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        if _matches(option, raw):
-            return _plain(float(raw) if option is float else raw, name)
-    quote = "; quote a number to make it text" if _matches(float, raw) and "text" in _describe(hint) else ""
-    raise ConfigError(f"{show(name, raw)}: must be {_describe(hint)}{quote}")
-
-
-def _matches(hint: Any, raw: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is list:
-        return isinstance(raw, list | tuple) and all(_matches(typing.get_args(hint)[0], item) for item in raw)
-    if origin is dict:
-        return isinstance(raw, Mapping)
-    if isinstance(raw, bool):
-        return hint is bool
-    return isinstance(raw, (int, float) if hint is float else hint)
-
-
-def _plain(value: Any, name: str) -> Any:
-    """A copy made of what JSON can say: mappings with text keys, lists, finite numbers, text, true, false, null."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"{show(name, dict(value))}: the name {key!r} must be text")
-        return {key: _plain(item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{show(name, value)}: must be a finite number")
-    if not isinstance(value, str | int | float | None):
-        raise ConfigError(f"{show(name, value)}: must be a plain value, not a {type(value).__name__}")
-    return value
-
-
-_BOUNDS = (("above", "above", operator.gt), ("minimum", "at least", operator.ge), ("maximum", "at most", operator.le))
-
-
-def _check_range(checks: Mapping[str, Any], value: Any, name: str) -> None:
-    if "choices" in checks and value not in checks["choices"]:
-        raise ConfigError(f"{show(name, value)}: must be one of {', '.join(_text(choice) for choice in checks['choices'])}")
-    bounds = [(word, checks[key], holds) for key, word, holds in _BOUNDS if key in checks]
-    if value is not None and not all(holds(value, bound) for _, bound, holds in bounds):
-        raise ConfigError(f"{show(name, value)}: must be {' and '.join(f'{word} {bound}' for word, bound, _ in bounds)}")
-    if "only" in checks and value != checks["only"]:
-        raise ConfigError(f"{show(name, value)}: not supported yet by this version; the valid value is {_text(checks['only'])}")
 
 
 PROMPT_SOURCES = ("prompt_column", "messages_column", "token_ids_column", "prompt_template")
@@ -368,6 +290,8 @@ def check_sampling(sampling: SamplingConfig) -> None:
         raise ConfigError(f"{' and '.join(given)}: at most one of them may be set")
     if sampling.choice == []:
         raise ConfigError("sampling.choice=[]: must name at least one string")
+    if "" in sampling.stop:
+        raise ConfigError(f"{show('sampling.stop', sampling.stop)}: a stop string must not be empty")
 
 
 def _check_model(model: ModelConfig, hw: HardwareConfig, planning: bool) -> None:

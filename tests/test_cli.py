@@ -243,6 +243,7 @@ def test_help_shows_verbs_groups_and_keys(
     out = capsys.readouterr().out
     at = [out.index(text) for text in ("status RUN_DIR [--watch]", "hw: a100x4, a100x8, auto, cpu,", "* sampling.top_p=1.0")]
     assert at == sorted(at)
+    assert "; one of error, truncate_left, truncate_right\n" in out and "; above 0 and at most 1\n" in out
     assert main(["status", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: python -m batchinfer status RUN_DIR [--watch]\n")
     assert main(["--cfg", "job", "hw=a100x4"]) == 0

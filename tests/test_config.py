@@ -68,6 +68,12 @@ def test_integers_become_floats_and_nothing_else_is_converted() -> None:
     assert isinstance(value, float) and value == 1.0
 
 
+def test_one_text_is_a_list_of_it() -> None:
+    sampling = c.from_dict(request(sampling__choice="yes", sampling__stop="\n")).sampling
+    assert (sampling.choice, sampling.stop) == (["yes"], ["\n"])
+    assert c.from_dict(request(output__keep_columns="none")).output.keep_columns == "none"
+
+
 def test_values_are_copied() -> None:
     raw = request()
     config = c.from_dict(raw)
@@ -93,26 +99,32 @@ def test_values_are_copied() -> None:
         ({"sampling__temperature": True}, "sampling.temperature=true: must be a number"),
         ({"sampling__temperature": float("nan")}, "sampling.temperature=nan: must be a finite number"),
         ({"sampling__temperature": float("inf")}, "sampling.temperature=inf: must be a finite number"),
+        ({"sampling__temperature": "0.5"}, "sampling.temperature=0.5: must be a number, not text"),
+        ({"sampling__stop": ["x", ""]}, 'sampling.stop=[x, ""]: a stop string must not be empty'),
+        ({"sampling__json_schema": 5}, "sampling.json_schema=5: must be text, a group of names and values or null"),
         ({"sampling__ignore_eos": 1}, "sampling.ignore_eos=1: must be true or false"),
         ({"sampling__stop": 3}, "sampling.stop=3: must be a list of texts"),
-        ({"sampling__stop": ["x", 3]}, "sampling.stop=['x', 3]: must be a list of texts"),
-        ({"sampling__stop_token_ids": [1, "x"]}, "sampling.stop_token_ids=[1, 'x']: must be a list of integers"),
-        ({"run_name": 12}, "run_name=12: must be text or null; quote a number to make it text"),
+        (
+            {"sampling__stop": ["x", 3]},
+            "sampling.stop=[x, 3]: must be a list of texts, [a,b]; quote numbers, true and false to make them text",
+        ),
+        ({"sampling__stop_token_ids": [1, "x"]}, "sampling.stop_token_ids=[1, x]: must be a list of integers, [1,2], not text"),
+        ({"run_name": 12}, "run_name=12: must be text or null; quote numbers, true and false to make them text"),
         ({"run_name": "a/b"}, "run_name=a/b: must be letters"),
         ({"run_name": ".."}, "run_name=..: must be letters"),
         ({"model__dtype": "int8"}, "model.dtype=int8: must be one of auto, bfloat16,"),
         ({"model__architecture": {"x": float("inf")}}, "model.architecture.x=inf: must be a finite number"),
         ({"hw__interconnect": "ib"}, "hw.interconnect=ib: must be one of nvlink, pcie, null"),
-        ({"hw__env": {1: "x"}}, "hw.env={1: 'x'}: the name 1 must be text"),
+        ({"hw__env": {1: "x"}}, "hw.env={1: x}: the name 1 must be text"),
         ({"sampling__n": 0}, "sampling.n=0: must be at least 1 and at most 16384"),
         ({"sampling__repetition_penalty": 0}, "sampling.repetition_penalty=0.0: must be above 0"),
         ({"sampling__presence_penalty": -2.5}, "sampling.presence_penalty=-2.5: must be at least -2 and at most 2"),
         ({"sampling__frequency_penalty": 3}, "sampling.frequency_penalty=3.0: must be at least -2 and at most 2"),
         ({"sampling__logprobs": -1}, "sampling.logprobs=-1: must be at least 0 and at most 128"),
         ({"sampling__prompt_logprobs": 1000}, "sampling.prompt_logprobs=1000: must be at least 0 and at most 128"),
-        ({"sampling__regex": 3}, "sampling.regex=3: must be text or null; quote a number to make it text"),
-        ({"sampling__choice": [True]}, "sampling.choice=[True]: must be a list of texts, [a,b] or null"),
-        ({"sampling__json_schema": ["a"]}, "sampling.json_schema=['a']: must be text or a group of names and values or null"),
+        ({"sampling__regex": 3}, "sampling.regex=3: must be text or null; quote numbers, true and false to make them text"),
+        ({"sampling__choice": [True]}, "sampling.choice=[true]: must be a list of texts, [a,b], or null; quote"),
+        ({"sampling__json_schema": ["a"]}, "sampling.json_schema=[a]: must be text, a group of names and values or null"),
         ({"sampling__json_schema": {1: 2}}, "sampling.json_schema={1: 2}: the name 1 must be text"),
         (
             {"engine__cuda_graphs": True},
@@ -147,7 +159,7 @@ def test_single_keys(changes: dict[str, Any], said: str) -> None:
         ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
         ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),
         ({"hw__tensor_parallel": 3, "hw__gpus_per_node": 4}, "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node=4"),
-        ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={'B': 3}: must be text or a number"),
+        ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={B: 3}: must be text or a number"),
         ({"hw__env": {"A": None}}, "hw.env.A=null: must be text or a number"),
         ({"hw__tensor_parallel": 0}, "hw.tensor_parallel=0: must be auto or divide"),
         ({"hw__tensor_parallel": "all"}, "hw.tensor_parallel=all: must be auto or an integer"),

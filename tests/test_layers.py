@@ -26,7 +26,7 @@ LAYERS = {
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts ops",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
-    "facts": "hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
+    "facts": "checks hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
@@ -38,6 +38,7 @@ CONTROL_PLANE = (
     "cli",
     "__main__",
     "compose",
+    "checks",
     "config",
     "hardware",
     "memory",

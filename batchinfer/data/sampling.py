@@ -63,8 +63,6 @@ def _checked(values: dict[str, Any]) -> SamplingConfig:
         check_sampling(sampling)
     except (ConfigError, OverflowError) as error:  # JSON integers have no limit, floats have
         raise BadSampling(str(error)) from error
-    if "" in sampling.stop:
-        raise BadSampling("sampling.stop: a stop string must not be empty")
     return sampling
 
 
