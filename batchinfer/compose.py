@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 PACKAGE = Path(__file__).resolve().parent
+JSON_KEYS = [name for name, f in leaves() if f.metadata.get("as_json")]
 SHIPPED = "pkg://batchinfer/"  # a path that starts so lies inside the package, wherever it is installed
 
 
@@ -45,7 +46,7 @@ def compose(overrides: Sequence[str], planning: bool = False) -> Config:
     `planning`: weights are not needed, so model.architecture may stand for a checkpoint.
     """
     raw, choices = _compose_raw([_checked(parsed) for parsed in _parse(overrides)])
-    config = from_dict(raw, planning)
+    config = _read_schema(from_dict(raw, planning))
     name = config.run_name or f"{choices['model']}-{_digest(config)}"
     output = replace(config.output, dir=config.output.dir or f"outputs/{name}")
     return _locate(replace(config, run_name=name, output=output))
@@ -119,13 +120,27 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed.append(parser.parse_override(_with_json_quoted(text)))
         except HydraException:
             raise ConfigError(
                 f"{text}: must be key=value or group=choice; quote a value that holds spaces, "
                 "commas, brackets, equals signs or letters beyond ASCII: 'key=\"value\"'"
             ) from None
     return parsed
+
+
+def _with_json_quoted(text: str) -> str:
+    """Hydra's mappings have no names in quotes: a JSON object becomes a text, where a key takes one."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, _, value = text.partition("=")
+    if key.lstrip("+") not in JSON_KEYS or not value.startswith("{"):
+        return text
+    try:
+        json.loads(value)
+    except ValueError:
+        return text
+    return f"{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
 
 
 def _checked(override: Override) -> Override:
@@ -225,6 +240,20 @@ def _locate(config: Config) -> Config:
     return replace(config, model=model, input=replace(config.input, paths=[_absolute(path) for path in config.input.paths]))
 
 
+def _read_schema(config: Config) -> Config:
+    """A JSON schema given as a file counts by its content, and is frozen with it. Raises ConfigError for no such file."""
+    schema = config.sampling.json_schema
+    if schema is None or "{" in schema:
+        return config
+    try:
+        text = Path(str(schema)).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{show('sampling.json_schema', schema)}: neither a mapping nor JSON text, nor a file that can be read"
+        ) from error
+    return replace(config, sampling=replace(config.sampling, json_schema=text))
+
+
 def _absolute(path: str) -> str:
     if path.startswith(SHIPPED):
         return str(PACKAGE / path.removeprefix(SHIPPED))
@@ -250,7 +279,7 @@ def show_with_hydra(arguments: Sequence[str]) -> int:
         """Hydra shows and returns before this would run."""
 
     _register()
-    before, sys.argv = sys.argv, ["batchinfer", *arguments]
+    before, sys.argv = sys.argv, ["batchinfer", *map(_with_json_quoted, arguments)]
     try:
         nothing()
     except SystemExit as stopped:  # Hydra's way to end what shows something

@@ -124,7 +124,7 @@ class SamplingConfig:
     )
     prompt_logprobs: int | None = _key(None, SCHEMA, "the same for the prompt's tokens", minimum=0, maximum=128)
     json_schema: str | dict[str, Any] | None = _key(
-        None, RESULT, "JSON schema that the completion must satisfy: JSON text or a mapping", as_json=True
+        None, RESULT, "JSON schema that the completion must satisfy: a mapping, JSON text or a file", as_json=True
     )
     regex: str | None = _key(None, RESULT, "regular expression that the whole completion must match (Rust's syntax)")
     choice: list[str] | None = _key(None, RESULT, "texts of which the completion is one")

@@ -162,3 +162,16 @@ def test_model_shapes_are_the_published_ones() -> None:
 def test_frozen_form_is_plain_json() -> None:
     config = c.compose(["hw=a100x4"])
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+def test_a_schema_is_a_mapping_json_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps({"type": "string", "pattern": '^it\'s "a"\\d$'})
+    Path("schema.json").write_text(text)
+    for given in (text, "schema.json", str(tmp_path / "schema.json")):
+        assert c.compose([f"sampling.json_schema={given}"]).sampling.json_schema == text
+    assert c.compose(["sampling.json_schema={type: string}"]).sampling.json_schema == '{"type": "string"}'
+    assert refusal("sampling.json_schema=nope.json") == (
+        "sampling.json_schema=nope.json: neither a mapping nor JSON text, nor a file that can be read"
+    )
+    assert refusal('sampling.json_schema={"type": }').startswith('sampling.json_schema={"type": }: must be key=value')
