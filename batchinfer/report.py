@@ -29,7 +29,8 @@ from batchinfer.stats import QUANTILES, segments
 SAMPLES, SAMPLE_CHARS = 3, 200
 Span = tuple[float, float]  # a replica's first step's start and last step's end
 FIRST_COLUMNS = ("shard", "row", "sample", "completion")
-STEP_COLUMNS = ["started", "duration_s", "steps", "prefill_seqs", "decode_seqs", "preempted", "kv_blocks_used", "kv_blocks_total"]
+SUMMED = ("steps", "prefill_seqs", "decode_seqs", "prefill_tokens", "prefix_hit_tokens", "preempted")
+STEP_COLUMNS = ["started", "duration_s", "kv_blocks_used", "kv_blocks_total", *SUMMED]
 
 
 class LogHistogram:
@@ -144,7 +145,7 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         start, end = values["started"].min(), (values["started"] + values["duration_s"]).max()
         known = spans.get(replica, (start, end))
         spans[replica] = (min(known[0], start), max(known[1], end))
-        for name in ("steps", "prefill_seqs", "decode_seqs", "preempted"):
+        for name in SUMMED:
             sums[name] += int(values[name].sum())
         kv_peak = max(kv_peak, float((values["kv_blocks_used"] / np.maximum(values["kv_blocks_total"], 1)).max()))
     steps = sums["steps"]
@@ -155,6 +156,8 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         "mean_batch_size": (sums["prefill_seqs"] + sums["decode_seqs"]) / steps if steps else None,
         "kv_peak_share": kv_peak if steps else None,
         "preemptions": sums["preempted"],
+        "prefill_tokens": sums["prefill_tokens"],
+        "prefix_hit_tokens": sums["prefix_hit_tokens"],
     }
 
 
@@ -208,12 +211,17 @@ def _replicas(run_dir: RunDir) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary as (what, how much) for people; what is not known is left out."""
+    several = summary["samples"] != summary["rows"]
     lines = [
         ("rows", f"{summary['rows']:,} of {summary['rows_total']:,} ({summary['units']:,} of {summary['units_total']:,} units)"),
-        ("samples", f"{summary['samples']:,}" if summary["samples"] != summary["rows"] else ""),
+        ("samples", f"{summary['samples']:,}" if several else ""),
         ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in summary["finish_reasons"].items())),
-        *((f"error {code}", f"{e['rows']:,} rows, the first in {e['first_in']}") for code, e in summary["errors"].items()),
-        ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"])),
+        *(
+            (f"error {code}", f"{e['rows']:,} row{'' if e['rows'] == 1 else 's'}, the first in {e['first_in']}")
+            for code, e in summary["errors"].items()
+        ),
+        ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"]) + (", of each sample" if several else "")),
+        ("prefix cache", _prefix_line(summary)),
         ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
         ("time", f"{duration(summary['wall_s'])} from the first step to the last, tail {duration(summary['tail_s'])}"),
         *(
@@ -228,6 +236,14 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _with_rate(count: int, rate: float | None) -> str:
     return f"{count:,}" + (f" ({rate:,.0f}/s)" if rate is not None else "")
+
+
+def _prefix_line(summary: Mapping[str, Any]) -> str:
+    """Of the steps, not of the rows: what was computed for rows that a killed replica lost counts too."""
+    computed, found = summary["prefill_tokens"], summary["prefix_hit_tokens"]
+    if not found:
+        return ""
+    return f"{found:,} prompt tokens ({found / (found + computed):.0%}) found there, {computed:,} computed"
 
 
 def _seconds(quantiles: Mapping[str, float | None]) -> str:

@@ -76,6 +76,8 @@ def run_dir(tmp_path: Path) -> RunDir:
                     1.0,
                     prefill_seqs=1,
                     decode_seqs=3,
+                    prefill_tokens=2,
+                    prefix_hit_tokens=6,
                     kv_blocks_used=number,
                     kv_blocks_total=10,
                     preempted=number == 1,
@@ -108,6 +110,7 @@ def test_summary(run_dir: RunDir) -> None:
     assert summary["finish_reasons"] == {"error": 2, "stop": 4}
     assert (summary["wall_s"], summary["tail_s"], summary["rows_s"], summary["tokens_out_s"]) == (8.0, 3.0, 6 / 8, 20 / 8)
     assert (summary["steps"], summary["mean_batch_size"], summary["kv_peak_share"], summary["preemptions"]) == (13, 4.0, 0.7, 2)
+    assert (summary["prefill_tokens"], summary["prefix_hit_tokens"]) == (26, 78)
     assert summary["ttft_s"]["p50"] == pytest.approx(1.0, rel=0.003)
     assert summary["latency_s"]["p99"] == pytest.approx(3.0, rel=0.003)
     assert summary["inter_token_s"]["p90"] == pytest.approx(0.5, rel=0.003)
@@ -118,6 +121,7 @@ def test_report_is_plain_without_a_terminal(run_dir: RunDir, capsys: pytest.Capt
     assert report(run_dir) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "6 of 9 (2 of 3 units)" in out and "first_token 4.0 s" in out
+    assert "prefix cache:        78 prompt tokens (75%) found there, 26 computed\n" in out
     lines = out.splitlines()[-3:]
     assert lines[0] == 'a.parquet:0: "One\\nline"'
     assert lines[1].endswith('y…"') and len(lines[1]) < 230

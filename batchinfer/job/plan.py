@@ -101,7 +101,7 @@ def _fitting(config: Config) -> Fit:
 def freeze(config: Config) -> RunDir:
     """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another.
 
-    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates.
+    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates, the format of the weights.
     """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
@@ -110,6 +110,10 @@ def freeze(config: Config) -> RunDir:
     config = _with_dtype(config, fitted)
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
     request = request_of(config, inputs.shards, inputs.schema)
+    if config.model.load_format == "safetensors" and request["model.weights_headers"] is None:
+        raise ConfigError(
+            f"model.path={config.model.path}: holds no *.safetensors file, and weights of no other format can be loaded"
+        )
     if run_dir.manifest_json.exists():
         manifest = Manifest.load(run_dir)
         _same_units(config, manifest)
@@ -205,7 +209,8 @@ class PlanReport:
 
     def lines(self) -> list[tuple[str, str]]:
         """(what, how much) in the order of reading."""
-        return [*self._work(), *self._layout(), *self._memory(), *self._time()]
+        lines = [*self._work(), *self._layout(), *self._memory(), *self._time()]
+        return [(what, how_much) for what, how_much in lines if how_much]
 
     def _work(self) -> list[tuple[str, str]]:
         tokens, n = self.prompt_tokens, self.config.sampling.n
@@ -213,8 +218,9 @@ class PlanReport:
         return [
             ("run directory", str(self.config.output.dir)),
             ("input", f"{_count(self.rows, 'row')} of {_count(self.shards, 'shard')} in {_count(self.units, 'unit')}"),
+            ("samples", "" if n == 1 else f"{self.rows * n:,}, {n:,} of each row, which share its prompt"),
             ("prompt tokens", f"about {tokens.total:,} (from {_count(tokens.sampled, 'row')}{how})"),
-            ("completion tokens", f"at most {self.completion_tokens:,}{'' if n == 1 else f', of {n:,} samples a row'}"),
+            ("completion tokens", f"at most {self.completion_tokens:,}"),
         ]
 
     def _layout(self) -> list[tuple[str, str]]:
