@@ -187,6 +187,7 @@ def test_what_would_fail_on_the_node_fails_here(
     assert refused(*request_words, "input.prompt_column=txt").startswith("input.prompt_column: the input has no column 'txt'")
     assert "needs a chat template" in refused(*request_words, "input.apply_chat_template=true")
     assert refused(*request_words, "model.max_model_len=1000").startswith("model.max_model_len=1000: must be at most 128")
+    assert "holds no *.safetensors file" in refused(*request_words, "model.load_format=safetensors")
     assert placed == [] and not Path("outputs").exists()
 
 

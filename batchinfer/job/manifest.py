@@ -94,7 +94,8 @@ class Manifest:
             raise ConfigError(f"{run_dir.manifest_json}: damaged, it is only ever published whole ({error})") from error
         if raw["schema_version"] != SCHEMA_VERSION:
             made = f"run directory {run_dir.root} was made with schema version {raw['schema_version']}"
-            raise ConfigError(f"{made}, this program knows {SCHEMA_VERSION}; use the version of batchinfer that made it")
+            commit = f" (commit {raw['git_commit'][:12]})" if raw.get("git_commit") else ""
+            raise ConfigError(f"{made}, this program knows {SCHEMA_VERSION}; use the version of batchinfer that made it{commit}")
         raw["config"] = from_dict(raw["config"])
         raw["shards"] = tuple(Shard(*shard) for shard in raw["shards"])
         raw["units"] = tuple(tuple(RowRange(*r) for r in unit) for unit in raw["units"])

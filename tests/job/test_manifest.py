@@ -140,9 +140,9 @@ def test_there_is_no_run_without_a_manifest(tmp_path: Path, run_dir: RunDir) -> 
     with pytest.raises(ConfigError, match=r"nowhere has no manifest\.json"):
         Manifest.load(RunDir(tmp_path / "nowhere"))
     create(run_dir, config_of())
-    raw = json.loads(run_dir.manifest_json.read_bytes()) | {"schema_version": 99}
+    raw = json.loads(run_dir.manifest_json.read_bytes()) | {"schema_version": 99, "git_commit": "0123456789abcdef"}
     run_dir.manifest_json.write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match="schema version 99"):
+    with pytest.raises(ConfigError, match=r"schema version 99, .* that made it \(commit 0123456789ab\)$"):
         Manifest.load(run_dir)
 
 
