@@ -231,12 +231,13 @@ def from_dict(raw: Mapping[str, Any], planning: bool = False) -> Config:
 
     `planning`: no weights will be loaded, so model.architecture alone says enough about the model.
     """
-    config: Config = _build(Config, raw, "")
+    config: Config = build_group(Config, raw, "")
     check_together(config, planning)
     return config
 
 
-def _build(cls: type, raw: Any, prefix: str) -> Any:
+def build_group(cls: type, raw: Any, prefix: str) -> Any:
+    """One group of keys, `prefix` its dotted name with the dot, from plain values. Raises ConfigError."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{show(prefix[:-1], raw)}: must be a group of keys: {', '.join(f.name for f in fields(cls))}")
     names = [f.name for f in fields(cls)]
@@ -249,7 +250,7 @@ def _build(cls: type, raw: Any, prefix: str) -> Any:
 
 def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), raw, name + ".")
+        return build_group(typing.cast(type, hint), raw, name + ".")
     value = typed(hint, raw, name)
     if f.metadata.get("as_json") and isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from batchinfer.config import GRAMMARS, ConfigError, SamplingConfig, _build, check_sampling
+from batchinfer.config import GRAMMARS, ConfigError, SamplingConfig, build_group, check_sampling
 from batchinfer.engine.sequence import SamplingParams
 
 _INTEGERS = {name for name, hint in typing.get_type_hints(SamplingConfig).items() if int in (hint, *typing.get_args(hint))}
@@ -59,7 +59,7 @@ def _whole(key: str, value: object) -> object:
 
 def _checked(values: dict[str, Any]) -> SamplingConfig:
     try:
-        sampling: SamplingConfig = _build(SamplingConfig, values, "sampling.")
+        sampling: SamplingConfig = build_group(SamplingConfig, values, "sampling.")
         check_sampling(sampling)
     except (ConfigError, OverflowError) as error:  # JSON integers have no limit, floats have
         raise BadSampling(str(error)) from error
