@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,20 +92,24 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
 
 
 def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
-    if missing := wanted - present:
-        raise ConfigError(f"model.path={path} lacks {len(missing):,} tensors that its config.json calls for: {_names(missing)}")
     tolerated = {name for name in present if name.endswith("rotary_emb.inv_freq")}  # old checkpoints; we compute them
     if tied:
         tolerated.add("lm_head.weight")  # a copy of the embedding
-    if left_over := present - wanted - tolerated:
-        raise ConfigError(
-            f"model.path={path} holds {len(left_over):,} tensors that its config.json has no place for: {_names(left_over)}"
-        )
+    missing, left_over = wanted - present, present - wanted - tolerated
+    problems = []
+    if missing:
+        problems.append(f"lacks {_names(missing)}")
+    if left_over:
+        problems.append(f"holds {_names(left_over)} without a place for it")
+    if problems:
+        raise ConfigError(f"model.path={path} is not what its config.json describes: it {' and '.join(problems)}")
 
 
-def _names(names: Iterable[str]) -> str:
+def _names(names: Collection[str]) -> str:
+    """How many tensors, and which."""
     ordered = sorted(names)
-    return ", ".join(ordered[:MAX_NAMES]) + (", ..." if len(ordered) > MAX_NAMES else "")
+    count = f"{len(names):,} tensor{'s' if len(names) > 1 else ''}"
+    return f"{count} ({', '.join(ordered[:MAX_NAMES])}{', ...' if len(ordered) > MAX_NAMES else ''})"
 
 
 def _open(path: Path) -> Any:

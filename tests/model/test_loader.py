@@ -43,8 +43,12 @@ NORM = "model.layers.1.input_layernorm.weight"
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop(NORM), f"lacks 1 tensors .*{NORM}"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), r"no place for: .*q_proj\.bias"),
+        (lambda t: t.pop(NORM), rf"it lacks 1 tensor \({NORM}\)$"),
+        (lambda t: t.update(renamed=t.pop(NORM)), rf"lacks 1 tensor \({NORM}\) and holds 1 tensor \(renamed\)"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+            r"holds 1 tensor \(.*q_proj\.bias\) without a place",
+        ),
         (lambda t: t.update({NORM: torch.ones(31)}), rf"{NORM} has shape \[31\], but config.json calls for \[32\]"),
         (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), "has type I8: it must be one of BF16"),
     ],
