@@ -16,7 +16,7 @@ from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
 from tests.engine.engines import CPU, config_for, engine_with, make_requests
-from tests.engine.told import KINDS, Told, run
+from tests.engine.told import KINDS, Told, assert_near, run
 from tests.model.oracle import widen
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,24 +103,13 @@ def tell(logits: torch.Tensor, targets: list[int], k: int) -> Iterator[TokenLogp
         yield TokenLogprobs(target, row[target].item(), int((row > row[target]).sum()) + 1, pairs)
 
 
-def assert_near(told: list[TokenLogprobs | None] | None, expected: list[TokenLogprobs | None] | None) -> None:
-    assert (told is None) == (expected is None)
-    for ours, theirs in zip(told or [], expected or [], strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is None or theirs is None:
-            continue
-        assert (ours.token_id, ours.rank, [i for i, _ in ours.top]) == (theirs.token_id, theirs.rank, [i for i, _ in theirs.top])
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9, rel=0)
-        assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-9, rel=0)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_and_log_probabilities_are_those_of_transformers(
     runner: ModelRunner, requests: list[Request], by_oracle: list[Told], way: str
 ) -> None:
     for ours, theirs in zip(run(engine_with(runner, **WAYS[way]), requests), by_oracle, strict=True):
         assert ours.token_ids == theirs.token_ids
-        assert_near(ours.logprobs, theirs.logprobs)  # type: ignore[arg-type]
+        assert_near(ours.logprobs, theirs.logprobs)
         assert_near(ours.prompt, theirs.prompt)
 
 
