@@ -120,3 +120,13 @@ def test_penalties_change_what_is_drawn(runner: ModelRunner, requests: list[Requ
         if kind in ("repetition", "presence", "frequency"):
             changed = [by_oracle[3 * number + i].token_ids != plain[tuple(requests[i].prompt_token_ids)] for i in range(3)]
             assert any(changed), kind
+
+
+def test_what_was_told_of_a_prompt_is_not_kept(runner: ModelRunner) -> None:
+    """It is hundreds of bytes a token, and the completion may take long."""
+    engine = engine_with(runner)
+    request = make_requests(2, runner.shape.vocab_size, ignore_eos=True, prompt_logprobs=2)[1]
+    engine.add(request)
+    (output,), _ = engine.step()
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(request.prompt_token_ids) > 2
+    assert not engine.sequences[request.request_id].prompt_logprobs
