@@ -144,15 +144,22 @@ class Batch(BatchArrays[np.ndarray]):
         return int(self.buffer[6])
 
     def to_tensors(self, device: torch.device) -> BatchArrays[torch.Tensor]:
-        """The arrays on `device`, by one transfer that the host does not wait for."""
-        flat = torch.from_numpy(self.buffer)
-        if device.type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
+        """The arrays on `device`, by one transfer."""
+        flat = to_device(self.buffer, device)
         tensors = {}
         for name, offset, shape, dtype in _layout(self.buffer[:HEADER_WORDS]):
             words = math.prod(shape) * WORDS[dtype]
             tensors[name] = flat[offset : offset + words].view(getattr(torch, dtype)).view(shape)
         return BatchArrays(**tensors)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on `device`, by a transfer that the host does not wait for; on a CPU its own memory.
+
+    From pageable memory the host would wait, and for all that was launched before.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class BatchBuilder:

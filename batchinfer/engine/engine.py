@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -199,8 +199,8 @@ class Engine:
             seq.prompt_logprobs += islice(told, count)
         outputs = []
         now = time.monotonic()
-        logprobs = result.logprobs or repeat(None)
-        for (seq, index), token_id, logprob in zip(step.places, result.token_ids, logprobs, strict=False):
+        logprobs = result.logprobs or [None] * len(result.token_ids)
+        for (seq, index), token_id, logprob in zip(step.places, result.token_ids, logprobs, strict=True):
             if seq.status is not SequenceStatus.FINISHED:  # it may have ended, or been aborted, since the launch
                 outputs.append(self._append(seq, index, token_id, logprob, step.stats, now))
         step.stats.decode_tokens = len(outputs)
@@ -212,11 +212,10 @@ class Engine:
         """Token number `index` of a sequence, prompt included, is known."""
         ttft = latency = prompt_logprobs = None
         if index == seq.num_prompt_tokens:
-            seq.first_token_s = now
             ttft = now - seq.admitted_s
             stats.ttft_s.append(ttft)
             if seq.request.sampling.prompt_logprobs is not None:
-                prompt_logprobs = [None, *seq.prompt_logprobs]
+                prompt_logprobs, seq.prompt_logprobs = [None, *seq.prompt_logprobs], []
         else:
             stats.inter_token_s.append(now - seq.last_token_s)
         seq.last_token_s = now

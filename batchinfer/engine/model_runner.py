@@ -108,7 +108,6 @@ class ModelRunner:
         self.channel = channel  # to the other ranks' hosts; None: there are none, or nothing is shared yet
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
-        # Zeros: a masked key or value still takes part in a multiplication, and 0 * NaN is NaN.
         self.kv_cache = zeros((2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim), dtype, device)
         keys, values = self.kv_cache
         self.kv_caches = list(zip(keys, values, strict=True))

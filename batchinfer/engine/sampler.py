@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchinfer import ops
-from batchinfer.engine.batch import Batch, BatchArrays
+from batchinfer.engine.batch import Batch, BatchArrays, to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +50,7 @@ def sample_tokens(
     if len(asking) and (mask is not None or len(forbidden) or len(penalised) or len(asking) < len(logits)):
         raw = logits[_on_device(asking, logits)]
     if mask is not None:
-        bitmask = torch.from_numpy(mask.bitmask).to(logits.device, non_blocking=True)
-        ops.apply_token_bitmask(logits, _on_device(mask.rows, logits), bitmask)
+        ops.apply_token_bitmask(logits, _on_device(mask.rows, logits), to_device(mask.bitmask, logits.device))
     if len(forbidden):
         row, token = _on_device(forbidden, logits).unbind(1)
         logits[row, token] = -torch.inf
@@ -106,5 +105,5 @@ def _draw(logits: Tensor, batch: Batch, step: BatchArrays[Tensor]) -> Tensor:
 
 
 def _on_device(indices: np.ndarray, like: Tensor) -> Tensor:
-    """Indices as int64 beside `like`. Pageable memory is read before the call returns, so the array may be used again."""
-    return torch.from_numpy(indices.astype(np.int64, copy=False)).to(like.device, non_blocking=True)
+    """Indices as int64 beside `like`."""
+    return to_device(indices.astype(np.int64, copy=False), like.device)

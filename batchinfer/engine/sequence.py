@@ -98,9 +98,8 @@ class Sequence:
     num_preemptions: int = 0
     num_prefilled_tokens: int = 0  # high-water mark: what lies below it is recomputed after a preemption
     admitted_s: float = 0.0  # monotonic clock, when Engine.add was called
-    first_token_s: float = 0.0
     last_token_s: float = 0.0
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and those after it
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens from the second on, until they are told
     matcher: LLMatcher | None = None  # has consumed every known token of the completion
 
     @classmethod

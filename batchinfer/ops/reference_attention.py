@@ -45,8 +45,8 @@ def paged_attention(
 
     Sequence s owns queries cu_seqlens_q[s] to cu_seqlens_q[s + 1], the newest of its context_lens[s] tokens, whose keys
     lie in the blocks that block_tables[s] [max_blocks] names in order. Query head h reads key-value head h // (H / K). With a
-    sliding window w a query sees the keys at positions > its own - w. Queries of sequences with context 0 give zeros. The
-    caches must hold finite numbers everywhere: places that are masked are still multiplied with 0.
+    sliding window w a query sees the keys at positions > its own - w. Queries of sequences with context 0 give zeros. What
+    is not a sequence's own never matters to it, not even NaN in its last block: one that overflows spoils no other.
     """
     out = torch.zeros_like(q)
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
@@ -110,9 +110,10 @@ def _attend(
     # A short piece repeats its last query: the same row is computed twice, and nothing needs masking.
     steps = torch.arange(max(p.num_queries for p in group), device=device).minimum(last)  # [n, Q]
     blocks = block + torch.arange(max(p.num_blocks for p in group), device=device)  # [n, B]
-    keys = _gather(k_cache, block_tables, sequence, blocks)
-    values = _gather(v_cache, block_tables, sequence, blocks)
     places = (blocks.unsqueeze(2) * block_size + torch.arange(block_size, device=device)).flatten(1)  # [n, L]
+    foreign = places > position + last  # beyond the newest query: of another sequence, or of one that was here before
+    keys = _gather(k_cache, block_tables, sequence, blocks, foreign)
+    values = _gather(v_cache, block_tables, sequence, blocks, foreign)
     mask = _visible((position + steps).unsqueeze(2), places.unsqueeze(1), window)  # [n, Q, L]
     # The query heads of one key-value head become further queries: grouped heads cost no copies of keys.
     n, num_queries, heads_each = len(group), steps.shape[1], q.shape[1] // num_kv_heads
@@ -123,10 +124,14 @@ def _attend(
     out[query + steps] = y.unflatten(2, (heads_each, num_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _gather(cache: Tensor, block_tables: Tensor, sequence: Tensor, blocks: Tensor) -> Tensor:
-    """The keys or values of each piece's blocks, [n, K, L, D]. Blocks past a table's end read its last entry: all masked."""
+def _gather(cache: Tensor, block_tables: Tensor, sequence: Tensor, blocks: Tensor, foreign: Tensor) -> Tensor:
+    """The keys or values of each piece's blocks, [n, K, L, D]. Blocks past a table's end read its last entry.
+
+    What is foreign [n, L] becomes 0, since masked places are still multiplied with 0, and 0 * NaN is NaN.
+    """
     numbers = block_tables[sequence, blocks.clamp(max=block_tables.shape[1] - 1)].clamp(min=0)
-    return cache.index_select(0, numbers.flatten()).unflatten(0, numbers.shape).flatten(1, 2).transpose(1, 2)
+    gathered = cache.index_select(0, numbers.flatten()).unflatten(0, numbers.shape).flatten(1, 2)
+    return gathered.masked_fill_(foreign.unsqueeze(2).unsqueeze(3), 0).transpose(1, 2)
 
 
 def _visible(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:

@@ -115,6 +115,20 @@ def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path, runner: Mod
         assert completions[request.request_id] == whole[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_a_row_that_overflows_spoils_no_other(checkpoint: Path, prefix_caching: bool) -> None:
+    """Neither those beside it nor those that get its blocks: one token of the vocabulary is infinite, one row has it."""
+    config = config_for(checkpoint)
+    runner = build_runner(config, load_shape(config.model), TensorParallel(), CPU)
+    requests = make_requests(12, 50, **SAMPLED)
+    expected, _ = complete(engine_with(runner), requests)
+    runner.model.embed_tokens.weight[90] = torch.inf
+    bad = Request(99, [1, 90, 3, 4, 5, 6, 7, 8, 9], replace(requests[0].sampling, max_tokens=20), seed=1)
+    assert not any(90 in tokens for tokens in expected.values())
+    completions, _ = complete(engine_with(runner, num_blocks=40, prefix_caching=prefix_caching), [bad, *requests])
+    assert len(completions.pop(99)) == 20 and completions == expected
+
+
 def test_min_tokens_keeps_the_end_away(runner: ModelRunner) -> None:
     """With every token but one, and one id beyond the vocabulary, as a stop, that one comes until there are enough."""
     stops = tuple(i for i in range(runner.shape.vocab_size + 1) if i != 11)

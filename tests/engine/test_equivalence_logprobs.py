@@ -16,7 +16,7 @@ from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
 from tests.engine.engines import CPU, config_for, engine_with, make_requests
-from tests.engine.told import KINDS, Told, run
+from tests.engine.told import KINDS, Told, assert_near, run
 from tests.model.oracle import widen
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,24 +103,13 @@ def tell(logits: torch.Tensor, targets: list[int], k: int) -> Iterator[TokenLogp
         yield TokenLogprobs(target, row[target].item(), int((row > row[target]).sum()) + 1, pairs)
 
 
-def assert_near(told: list[TokenLogprobs | None] | None, expected: list[TokenLogprobs | None] | None) -> None:
-    assert (told is None) == (expected is None)
-    for ours, theirs in zip(told or [], expected or [], strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is None or theirs is None:
-            continue
-        assert (ours.token_id, ours.rank, [i for i, _ in ours.top]) == (theirs.token_id, theirs.rank, [i for i, _ in theirs.top])
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9, rel=0)
-        assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-9, rel=0)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_and_log_probabilities_are_those_of_transformers(
     runner: ModelRunner, requests: list[Request], by_oracle: list[Told], way: str
 ) -> None:
     for ours, theirs in zip(run(engine_with(runner, **WAYS[way]), requests), by_oracle, strict=True):
         assert ours.token_ids == theirs.token_ids
-        assert_near(ours.logprobs, theirs.logprobs)  # type: ignore[arg-type]
+        assert_near(ours.logprobs, theirs.logprobs)
         assert_near(ours.prompt, theirs.prompt)
 
 
@@ -131,3 +120,13 @@ def test_penalties_change_what_is_drawn(runner: ModelRunner, requests: list[Requ
         if kind in ("repetition", "presence", "frequency"):
             changed = [by_oracle[3 * number + i].token_ids != plain[tuple(requests[i].prompt_token_ids)] for i in range(3)]
             assert any(changed), kind
+
+
+def test_what_was_told_of_a_prompt_is_not_kept(runner: ModelRunner) -> None:
+    """It is hundreds of bytes a token, and the completion may take long."""
+    engine = engine_with(runner)
+    request = make_requests(2, runner.shape.vocab_size, ignore_eos=True, prompt_logprobs=2)[1]
+    engine.add(request)
+    (output,), _ = engine.step()
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(request.prompt_token_ids) > 2
+    assert not engine.sequences[request.request_id].prompt_logprobs

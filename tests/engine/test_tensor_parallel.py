@@ -10,13 +10,24 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from batchinfer.engine.engine import build_engine, serve
+from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.engine import Engine, build_engine, serve
 from batchinfer.engine.model_runner import build_runner
+from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import Request
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from tests.checkpoints import save_checkpoint
-from tests.engine.engines import CPU, complete, config_for, make_requests
+from tests.engine.engines import CPU, MAX_MODEL_LEN, complete, config_for, make_requests
+from tests.engine.mixtures import MODEL, mixed_requests, run_mixture
+from tests.engine.told import assert_near
+
+
+def join(rank: int, size: int, port: int) -> TensorParallel:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    return init_distributed(CPU)
 
 
 def requests_for(vocab_size: int) -> list[Request]:
@@ -26,12 +37,8 @@ def requests_for(vocab_size: int) -> list[Request]:
 
 
 def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path, overlap: bool) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    config = config_for(checkpoint, overlap=overlap)
+    config, parallel = config_for(checkpoint, overlap=overlap), join(rank, size, port)
     shape = load_shape(config.model)
-    parallel = init_distributed(CPU)
     if rank == 0:
         engine = build_engine(config, shape, parallel, CPU)
         torch.save(complete(engine, requests_for(shape.vocab_size))[0], answer)
@@ -41,15 +48,50 @@ def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path, ov
     parallel.close()  # gloo's threads abort a process that exits under them
 
 
+def run_mixture_on_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) -> None:
+    """Everything that an engine can do, in a pool so small that it preempts."""
+    config, parallel = config_for(checkpoint, overlap=True), join(rank, size, port)
+    runner = build_runner(config, load_shape(config.model), parallel, CPU)
+    if rank == 0:
+        scheduler = Scheduler(BlockManager(20, 4, prefix_caching=True), 8, 32, MAX_MODEL_LEN)
+        engine = Engine(runner, scheduler, frozenset(runner.shape.eos_token_ids), overlap=True)
+        requests = mixed_requests(24)
+        told, steps = run_mixture(engine, requests, {request.request_id: 2 for request in requests[::5]})
+        assert sum(step.preempted for step in steps) > 0 and sum(step.prefix_hit_tokens for step in steps) > 0
+        torch.save(told, answer)
+        engine.close()
+    else:
+        serve(runner)
+    parallel.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_two_ranks_equal_one(tmp_path: Path, overlap: bool) -> None:
     checkpoint, answer = tmp_path / "checkpoint", tmp_path / "answer.pt"
     save_checkpoint(checkpoint)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(2, port, checkpoint, answer, overlap), nprocs=2)
+    mp.spawn(run_rank, args=(2, free_port(), checkpoint, answer, overlap), nprocs=2)
     config = config_for(checkpoint)
     shape = load_shape(config.model)
     engine = build_engine(config, shape, TensorParallel(), CPU)
     assert torch.load(answer) == complete(engine, requests_for(shape.vocab_size))[0]
+
+
+def test_everything_at_once_on_two_ranks_equals_one_by_one(tmp_path: Path) -> None:
+    checkpoint, answer = tmp_path / "checkpoint", tmp_path / "answer.pt"
+    save_checkpoint(checkpoint, **MODEL)
+    mp.spawn(run_mixture_on_rank, args=(2, free_port(), checkpoint, answer), nprocs=2)
+    config = config_for(checkpoint)
+    engine = build_engine(config, load_shape(config.model), TensorParallel(), CPU)
+    requests = mixed_requests(24)
+    for number, told in torch.load(answer, weights_only=False).items():
+        alone, count = run_mixture(engine, [requests[number]])[0][number], len(told.token_ids)
+        assert told.token_ids == alone.token_ids[:count] and (count == len(alone.token_ids) or number % 5 == 0)
+        assert_near(told.logprobs, alone.logprobs and alone.logprobs[:count])
+        assert_near(told.prompt, alone.prompt)

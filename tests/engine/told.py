@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.sequence import Request, TokenLogprobs, TokenOutput
@@ -56,3 +59,15 @@ def run(engine: Engine, requests: list[Request]) -> list[Told]:
         for output in engine.step()[0]:
             told[output.request_id].add(output)
     return [told[request.request_id] for request in requests]
+
+
+def assert_near(told: Sequence[TokenLogprobs | None] | None, expected: Sequence[TokenLogprobs | None] | None) -> None:
+    """The same tokens in the same order, to nine digits."""
+    assert (told is None) == (expected is None)
+    for ours, theirs in zip(told or [], expected or [], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is None or theirs is None:
+            continue
+        assert (ours.token_id, ours.rank, [i for i, _ in ours.top]) == (theirs.token_id, theirs.rank, [i for i, _ in theirs.top])
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9, rel=0)
+        assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-9, rel=0)

@@ -1,15 +1,20 @@
-"""The engine on a GPU against the same engine on the CPU, in float32: every kind of sampling, overlapped and in turn."""
+"""The engine on a GPU: in float32 like the engine on the CPU, for every kind of sampling, in turn and overlapped."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 
 from batchinfer.config import Config, EngineConfig, ModelConfig
+from batchinfer.engine.batch import BatchBuilder
 from batchinfer.engine.engine import build_engine
-from batchinfer.engine.sequence import Request
+from batchinfer.engine.model_runner import build_runner
+from batchinfer.engine.sampler import TokenMask
+from batchinfer.engine.scheduler import ScheduledBatch
+from batchinfer.engine.sequence import Request, SamplingParams, Sequence
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.engine.engines import make_requests
@@ -51,3 +56,25 @@ def test_tokens_and_log_probabilities_are_those_of_the_cpu() -> None:
 def test_overlapped_steps_draw_the_same_as_steps_in_turn() -> None:
     overlapped, in_turn = told_on("cuda", overlap=True), told_on("cuda", overlap=False)
     assert sum(a.token_ids != b.token_ids for a, b in zip(overlapped, in_turn, strict=True)) <= 2
+
+
+def test_a_draw_is_launched_while_the_device_is_busy() -> None:
+    """Masks, min_tokens, penalties and log-probabilities make no host wait. All greedy: random draws by the reference do."""
+    count, limits = 512, EngineConfig(max_num_seqs=512, max_num_batched_tokens=5120, gpu_memory_utilization=0.2, overlap=True)
+    config = Config(model=ModelConfig(path=TINY, dtype="float32", max_model_len=64), engine=limits)
+    shape = load_shape(config.model)
+    runner = build_runner(config, shape, TensorParallel(), torch.device("cuda"))
+    sampling = [SamplingParams(min_tokens=2, repetition_penalty=1.3, logprobs=4 if i % 2 else None) for i in range(count)]
+    sequences = [Sequence.from_request(Request(i, [5] * 9, sampling[i], 0), 0.0, 64) for i in range(count)]
+    for i, seq in enumerate(sequences):
+        seq.block_table = [i]
+    builder = BatchBuilder(count, 64 // limits.block_size, limits.block_size, frozenset(shape.eos_token_ids))
+    batch = builder.build(ScheduledBatch(sequences, [9] * count))
+    mask = TokenMask(np.arange(0, count, 3), np.full((len(range(0, count, 3)), shape.vocab_size // 32), -1, dtype=np.int32))
+    first = runner.sample(batch, runner.forward(batch), mask).result()  # loads kernels and pins memory
+    forward = runner.forward(batch)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # clock cycles: two seconds
+    drawn = runner.sample(batch, forward, mask)
+    assert drawn.arrived is not None and not drawn.arrived.query(), "the host has waited"
+    assert drawn.result().token_ids == first.token_ids

@@ -105,6 +105,20 @@ def test_paged_attention(monkeypatch, batch, heads, kv_heads, window, temporary_
     torch.testing.assert_close(y, _naive(q, cache[0], cache[1], tables, begins, contexts, 0.3, window), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_reads_nothing_of_others(window):
+    """NaN in every place that is not the sequence's own: in other blocks, also those that pad tables, and behind its end."""
+    begins, contexts = torch.tensor([0, 1, 7, 8], dtype=torch.int32), torch.tensor([23, 6, 2], dtype=torch.int32)
+    tables = torch.tensor([[9, 3, 8, 1, 12, 7], [2, 5, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]], dtype=torch.int32)
+    q, cache = _strided(8, 4, 10), _strided(2, 13, 4, 2, 10, seed=1)
+    y = paged_attention(q, cache[0], cache[1], tables, begins, contexts, 0.3, window)
+    own = torch.zeros(13 * 4, dtype=torch.bool)
+    for table, context in zip(tables, contexts.tolist(), strict=True):
+        own[[int(table[j // 4]) * 4 + j % 4 for j in range(context)]] = True
+    poisoned = cache.masked_fill(~own.view(13, 4, 1, 1), math.nan)
+    assert torch.equal(paged_attention(q, poisoned[0], poisoned[1], tables, begins, contexts, 0.3, window), y)
+
+
 def test_temporary_memory_is_bounded(monkeypatch):
     """Gathered keys and values never pass the limit, and rows of similar length still go together."""
     gathered = []
