@@ -53,7 +53,7 @@ def sample_tokens(
         ops.apply_token_bitmask(logits, _on_device(mask.rows, logits), to_device(mask.bitmask, logits.device))
     if len(forbidden):
         row, token = _on_device(forbidden, logits).unbind(1)
-        logits[row, token] = -torch.inf
+        logits[row, token] = logits.new_full((), -torch.inf)  # a number would come from the host, and make it wait
     if len(penalised):
         _penalise(logits, _on_device(penalised, logits), step, token_cache)
     token_ids = _draw(logits, batch, step)
