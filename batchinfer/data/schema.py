@@ -58,6 +58,7 @@ ERROR_CODES = (
     "bad_token_ids",  # outside the vocabulary
     "bad_sampling",  # input.sampling_column: unknown key or value out of range
     "bad_grammar",  # json_schema, regex or choice: not valid, impossible, or beyond what can be followed to its end
+    "bad_logits",  # the model's numbers overflowed for this row
 )
 
 

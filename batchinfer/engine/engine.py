@@ -25,6 +25,7 @@ from batchinfer.engine.model_runner import ModelRunner, build_runner
 from batchinfer.engine.sampler import TokenMask
 from batchinfer.engine.scheduler import ScheduledBatch, Scheduler
 from batchinfer.engine.sequence import (
+    NO_TOKEN,
     PENDING,
     Request,
     Sequence,
@@ -203,7 +204,7 @@ class Engine:
         for (seq, index), token_id, logprob in zip(step.places, result.token_ids, logprobs, strict=True):
             if seq.status is not SequenceStatus.FINISHED:  # it may have ended, or been aborted, since the launch
                 outputs.append(self._append(seq, index, token_id, logprob, step.stats, now))
-        step.stats.decode_tokens = len(outputs)
+        step.stats.decode_tokens = sum(len(output.token_ids) for output in outputs)
         return outputs
 
     def _append(
@@ -220,13 +221,14 @@ class Engine:
             stats.inter_token_s.append(now - seq.last_token_s)
         seq.last_token_s = now
         seq.token_ids[index] = token_id
-        error = None if seq.matcher is None else follow(seq.matcher, token_id)
+        error = _error(seq, token_id)
         finish_reason = self._finish_reason(seq, index, token_id) if error is None else "error"
         if finish_reason is not None:
             latency = now - seq.admitted_s
             self._finish(seq)
-        logprobs = None if logprob is None else [logprob]
-        return TokenOutput(seq.request.request_id, [token_id], finish_reason, ttft, latency, logprobs, prompt_logprobs, error)
+        drawn = [] if token_id == NO_TOKEN else [token_id]
+        logprobs = None if logprob is None else [logprob][: len(drawn)]
+        return TokenOutput(seq.request.request_id, drawn, finish_reason, ttft, latency, logprobs, prompt_logprobs, error)
 
     def _finish_reason(self, seq: Sequence, index: int, token_id: int) -> str | None:
         sampling = seq.request.sampling
@@ -243,6 +245,14 @@ class Engine:
         self.scheduler.finish(seq)
         self.builder.release(seq)
         del self.sequences[seq.request.request_id]
+
+
+def _error(seq: Sequence, token_id: int) -> tuple[str, str] | None:
+    """What `TokenOutput.error` says of a sequence whose next token this is."""
+    if token_id == NO_TOKEN:
+        return "bad_logits", "the model's logits are not numbers: something overflowed; try model.dtype=bfloat16 or float32"
+    unfit = None if seq.matcher is None else follow(seq.matcher, token_id)
+    return None if unfit is None else ("bad_grammar", unfit)
 
 
 def build_engine(config: Config, shape: ModelShape, parallel: TensorParallel, device: torch.device) -> Engine:

@@ -22,7 +22,7 @@ from batchinfer.engine.batch import Batch, BatchArrays
 from batchinfer.engine.channel import BatchChannel, open_channel
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import TokenMask, sample_tokens
-from batchinfer.engine.sequence import StepResult, TokenLogprobs
+from batchinfer.engine.sequence import NO_TOKEN, StepResult, TokenLogprobs
 from batchinfer.hardware import GIB, available_memory
 from batchinfer.memory import gib, kv_blocks
 from batchinfer.memory import max_model_len as max_model_len_of
@@ -164,13 +164,14 @@ class ModelRunner:
 
         `mask`: what grammars allow.
         """
-        token_ids, logprobs = torch.empty(0, dtype=torch.int32), None
+        answer, logprobs = torch.empty(0, dtype=torch.int32), None
         if forward.logits is not None:
             token_cache = self.token_cache[:-1].view(self.num_blocks, -1)
             sampled = sample_tokens(forward.logits, batch, forward.step, token_cache, mask)
             token_ids, logprobs = sampled.token_ids.int(), sampled.logprobs
             self._keep(token_ids, forward.step)
-        on_host = token_ids.to("cpu", non_blocking=True)
+            answer = token_ids.masked_fill(sampled.broken, NO_TOKEN)
+        on_host = answer.to("cpu", non_blocking=True)
         told, prompt_told = _to_host(logprobs), _to_host(forward.prompt_logprobs)
         arrived = None
         if self.device.type == "cuda":

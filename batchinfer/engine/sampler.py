@@ -30,6 +30,7 @@ class SampledTokens:
     """What a step drew, on the device."""
 
     token_ids: Tensor  # [N] int64
+    broken: Tensor  # [N] bool: the row's logits are no numbers, so its token means nothing
     logprobs: ops.LogProbabilities | None  # of the rows with num_logprobs >= 0, in order, for the largest k among them
 
 
@@ -56,11 +57,14 @@ def sample_tokens(
         logits[row, token] = logits.new_full((), -torch.inf)  # a number would come from the host, and make it wait
     if len(penalised):
         _penalise(logits, _on_device(penalised, logits), step, token_cache)
-    token_ids = _draw(logits, batch, step)
-    if not len(asking):
-        return SampledTokens(token_ids, None)
-    chosen = token_ids if len(asking) == len(token_ids) else token_ids[_on_device(asking, logits)]
-    return SampledTokens(token_ids, ops.log_probabilities(raw, chosen, int(batch.num_logprobs.max())))
+    highest, token_ids = logits.max(-1)  # of equals the lowest id; NaN, if there is one
+    if batch.temperature.any():
+        token_ids = _draw(logits, step)
+    told = None
+    if len(asking):
+        chosen = token_ids if len(asking) == len(token_ids) else token_ids[_on_device(asking, logits)]
+        told = ops.log_probabilities(raw, chosen, int(batch.num_logprobs.max()))
+    return SampledTokens(token_ids, highest.isnan(), told)
 
 
 def forbid_in_mask(mask: TokenMask, forbidden: np.ndarray) -> tuple[TokenMask, np.ndarray]:
@@ -98,9 +102,7 @@ def _penalise(logits: Tensor, rows: Tensor, step: BatchArrays[Tensor], token_cac
     )
 
 
-def _draw(logits: Tensor, batch: Batch, step: BatchArrays[Tensor]) -> Tensor:
-    if not batch.temperature.any():
-        return logits.argmax(-1)
+def _draw(logits: Tensor, step: BatchArrays[Tensor]) -> Tensor:
     return ops.sample(logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+NO_TOKEN = -1  # in a step's result: the model's numbers overflowed, and nothing was drawn
 PENDING = -1  # stands in a sequence's tokens for one that the device draws and the host has not read yet
 
 
@@ -123,7 +124,8 @@ class TokenOutput:
     """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop`, `length` or `error`.
 
     The token that stopped it (an end-of-sequence or stop token id) is the last of `token_ids` and is counted. Log-probabilities
-    are None where they were not asked for. `error`: its grammar could not be followed to the end, in llguidance's words.
+    are None where they were not asked for. `error`: the code and the sentence of what broke it off: `bad_grammar`, its grammar
+    cannot be followed to the end (in llguidance's words), or `bad_logits`, the model's numbers overflowed (no token).
     """
 
     request_id: int
@@ -133,14 +135,14 @@ class TokenOutput:
     latency_s: float | None  # set when finished: seconds since admission
     logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token; nothing precedes the prompt's first: None
-    error: str | None = None
+    error: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step drew, on the host: a token for each sequence that draws one, in batch order."""
 
-    token_ids: list[int]
+    token_ids: list[int]  # or NO_TOKEN
     logprobs: list[TokenLogprobs | None] | None = None  # None: nobody asked
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the batch's prompt positions, in order
 

@@ -246,7 +246,9 @@ class CompletionSink:
             result.finish_reason = "stop" if text is not None else str(output.finish_reason)
             if output.error is not None:
                 result.completion, result.finish_reason = None, "error"
-                result.error, result.error_message = "bad_grammar", f"the grammar cannot be followed: {reason(output.error)}"
+                result.error, message = output.error
+                follows = result.error == "bad_grammar"
+                result.error_message = f"the grammar cannot be followed: {reason(message)}" if follows else message
             result.latency_s = time.monotonic() - running.admitted_s
             del self._running[output.request_id]
             self._finish(running.row, result)

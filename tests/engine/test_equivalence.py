@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchinfer.engine.model_runner import ModelRunner, build_runner
-from batchinfer.engine.sequence import Request
+from batchinfer.engine.sequence import Request, TokenOutput
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
@@ -115,8 +115,8 @@ def test_greedy_tokens_equal_those_of_transformers(checkpoint: Path, runner: Mod
         assert completions[request.request_id] == whole[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
-def test_a_row_that_overflows_spoils_no_other(checkpoint: Path, prefix_caching: bool) -> None:
+@pytest.mark.parametrize("ahead", [{}, {"prefix_caching": True, "overlap": True}], ids=["in turn", "overlapped"])
+def test_a_row_that_overflows_says_so_and_spoils_no_other(checkpoint: Path, ahead: dict[str, bool]) -> None:
     """Neither those beside it nor those that get its blocks: one token of the vocabulary is infinite, one row has it."""
     config = config_for(checkpoint)
     runner = build_runner(config, load_shape(config.model), TensorParallel(), CPU)
@@ -125,8 +125,15 @@ def test_a_row_that_overflows_spoils_no_other(checkpoint: Path, prefix_caching: 
     runner.model.embed_tokens.weight[90] = torch.inf
     bad = Request(99, [1, 90, 3, 4, 5, 6, 7, 8, 9], replace(requests[0].sampling, max_tokens=20), seed=1)
     assert not any(90 in tokens for tokens in expected.values())
-    completions, _ = complete(engine_with(runner, num_blocks=40, prefix_caching=prefix_caching), [bad, *requests])
-    assert len(completions.pop(99)) == 20 and completions == expected
+    engine = engine_with(runner, num_blocks=40, **ahead)
+    for request in (bad, *requests):
+        engine.add(request)
+    outputs: dict[int, list[TokenOutput]] = {request.request_id: [] for request in (bad, *requests)}
+    while engine.has_work():
+        for output in engine.step()[0]:
+            outputs[output.request_id].append(output)
+    assert [(o.token_ids, o.finish_reason, o.error and o.error[0]) for o in outputs.pop(99)] == [([], "error", "bad_logits")]
+    assert {i: [token for output in row for token in output.token_ids] for i, row in outputs.items()} == expected
 
 
 def test_min_tokens_keeps_the_end_away(runner: ModelRunner) -> None:

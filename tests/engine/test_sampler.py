@@ -158,6 +158,15 @@ def test_batches_that_ask_for_nothing_call_nothing(monkeypatch: pytest.MonkeyPat
     assert sampled.token_ids.tolist() == logits.argmax(-1).tolist() and sampled.logprobs is None
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_whose_logits_are_no_numbers_are_known(temperature: float) -> None:
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[1, 5], logits[2] = torch.nan, torch.nan
+    sampled = sample_rows(logits, [row_of(SamplingParams(temperature=temperature)) for _ in range(4)])
+    assert sampled.broken.tolist() == [False, True, True, False]
+    assert ((sampled.token_ids >= 0) & (sampled.token_ids < VOCAB)).all(), "the next step reads an embedding there"
+
+
 def test_logits_are_copied_only_where_log_probabilities_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only when someone asks and something else changes them, or not everyone asks."""
     given: list[torch.Tensor] = []

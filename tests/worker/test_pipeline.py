@@ -105,6 +105,20 @@ def test_a_row_becomes_its_samples_next_to_each_other_with_seeds_of_their_own(tm
     assert run.sink.totals.errors == {"bad_token_ids": 1}
 
 
+def test_a_sample_that_breaks_off_is_an_error_row_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path, pa.table({"ids": [[1]]}), sampling={"n": 3})
+    first, second, third = run.requests(1)
+    broken = TokenOutput(second.request_id, [], "error", 0.1, 0.2, error=("bad_logits", "something overflowed"))
+    run.sink.accept([output(first, [4], ends=True), broken, output(third, [5], ends=True)], 0)
+    rows = run.finish()
+    assert [(row["token_ids"], row["error"], row["error_message"]) for row in rows] == [
+        ([4], None, None),
+        (None, "bad_logits", "something overflowed"),
+        ([5], None, None),
+    ]
+    assert rows[1]["finish_reason"] == "error" and rows[1]["num_completion_tokens"] == 0
+
+
 def test_rows_that_ask_for_samples_of_their_own(tmp_path: Path) -> None:
     how = ['{"n": 2}', None, '{"n": 0}', '{"n": 1, "seed": 8}']
     run = Run(tmp_path, pa.table({"ids": [[1]] * 4, "how": how}), sampling={"n": 3})
