@@ -119,7 +119,7 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@dataclass(slots=True)  # not frozen: that costs three times as much to make, for every row of every step
+@dataclass(slots=True)  # not frozen: that costs four times as much to make, for every row of every step
 class TokenOutput:
     """New tokens of one sequence after a step. `finish_reason`: None while it goes on, else `stop`, `length` or `error`.
 
