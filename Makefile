@@ -23,14 +23,15 @@ lint: install
 
 install: $(INSTALLED)
 
-# torch goes first and by itself, so that its build (CPU, or which CUDA) is chosen here and not by the resolver.
-$(INSTALLED): pyproject.toml
+# torch goes first and by itself, so that its build (CPU, or which CUDA) is chosen here and not by the resolver. The kernels are
+# compiled against its headers, hence no build isolation.
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/* csrc/common/*)
 	@echo "installing into $(VENV); PyTorch is large, this takes minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)"
-	$(PIP) install --editable ".[dev]"
+	$(PIP) install "$(TORCH)" "setuptools>=77"
+	$(PIP) install --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info batchinfer/_kernels.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,14 @@
+// SiLU-and-multiply: `ops.silu_and_mul`.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace batchinfer {
+
+// out [rows, size] = silu(gate) * up for gate_up [rows, 2 * size], rows `stride` elements apart. size: a multiple of 16 bytes.
+void silu_and_mul(void* out, const void* gate_up, int64_t rows, int64_t size, int64_t stride, Dtype dtype, cudaStream_t stream);
+
+}  // namespace batchinfer
