@@ -121,9 +121,8 @@ def main() -> None:
     parser.add_argument("--splits", type=int, nargs="+", default=[0], help="blocks that share a row; 0: what the kernel chooses")
     args = parser.parse_args()
     copy_rate, read_rate = ceilings()
-    print(
-        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: copy {copy_rate / 1e9:.0f} GB/s, read {read_rate / 1e9:.0f} GB/s"
-    )
+    gpu = f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
+    print(f"{gpu}: copy {copy_rate / 1e9:.0f} GB/s, read {read_rate / 1e9:.0f} GB/s")
     for vocab_size in args.vocabularies:
         for rows in args.rows:
             measure(rows, vocab_size, getattr(torch, args.dtype), args.splits, read_rate)
