@@ -6,14 +6,13 @@
 // above with a margin for rounding, so no draw changes.
 #include "sampling.h"
 
-#include "common/launch.h"
 #include "sampling_filter.cuh"
+#include "sampling_launch.h"
 #include "sampling_noise.cuh"
 
 namespace batchinfer {
 namespace {
 
-constexpr int kInFlight = 4;         // loads of 16 bytes that a thread has under way
 constexpr float kMargin = 1e-4f;     // far above the rounding of a bound, which is below 2e-5
 constexpr float kAboveZero = 8.0f;   // added to sums of score and noise, so that as floats they are ordered like integers
 
@@ -21,32 +20,6 @@ struct Block {
   Exchange exchange;
   int bar;  // float bits of kAboveZero + the best sum of score and noise that a token of this block has
 };
-
-// The highest of a thread's logits with its token.
-template <typename T>
-__device__ __forceinline__ Wide highest_of_thread(const Slice<T>& slice) {
-  float best = -INFINITY;
-  Packed<T> held;
-  int held_first = -1;
-  for (int first = slice.first_of_thread(); first < slice.end; first += kInFlight * Slice<T>::kStep) {
-    Packed<T> v[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) v[i] = slice.load(first + i * Slice<T>::kStep);
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const float m = v[i].highest();
-      if (!(m <= best) && best == best) best = m, held = v[i], held_first = first + i * Slice<T>::kStep;
-    }
-  }
-  if (held_first < 0) return slice.first_of_thread() < slice.end ? pack(-INFINITY, slice.first_of_thread()) : 0;
-  int at = 0;
-#pragma unroll
-  for (int i = Slice<T>::kSize - 1; i >= 0; --i) {
-    const float x = held[i];
-    if (x == best || x != x) at = i;
-  }
-  return pack(best, held_first + at);
-}
 
 struct Row {
   float max, heat, inverse;
@@ -88,14 +61,6 @@ __device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, const Row&
     }
   }
   return best > -INFINITY ? pack(best, best_token) : 0;
-}
-
-template <typename T>
-__device__ __forceinline__ Slice<T> slice_of(const T* logits, int64_t stride, int size, int row, int split, int splits) {
-  constexpr int kSize = Packed<T>::kSize;
-  const int share = (size + splits * kSize - 1) / (splits * kSize) * kSize;
-  const T* begin = logits + row * stride;
-  return {begin, min(split * share, size), min((split + 1) * share, size), size, reinterpret_cast<uintptr_t>(begin) % 16 == 0};
 }
 
 template <typename T>
@@ -150,67 +115,23 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
   if (writes) token_ids[index] = packed_token(drawn);
 }
 
-// A power of two of blocks for each row: two for each multiprocessor in all, unless a block would have next to nothing to do.
-int choose_splits(const Logits& logits, int least) {
-  if (!is_hopper_or_later()) return 1;
-  int splits = 1;
-  while (splits < kMaxSplits && (splits < least || logits.rows * splits < 2 * num_multiprocessors()) &&
-         logits.size > splits * kSampleThreads * 8)
-    splits *= 2;
-  return splits;
-}
-
-// `launch` for clusters of `splits` blocks, one cluster for each row.
-template <typename... Parameters, typename... Arguments>
-void launch_rows(const char* name, void (*kernel)(Parameters...), int64_t rows, int splits, size_t smem, cudaStream_t stream,
-                 Arguments&&... arguments) {
-  if (rows == 0) return;
-  if (smem > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), name);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(rows * splits);
-  config.blockDim = dim3(kSampleThreads);
-  config.dynamicSmemBytes = smem;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = !is_hopper_or_later() ? 0 : splits == 1 ? 1 : 2;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
-}
-
-// Words of shared memory for the tokens that filters search, if two blocks of a multiprocessor have room for all of them.
-int words_of_row(int size, int splits, int vector) {
-  const int share = (size + splits * vector - 1) / (splits * vector) * vector;
-  return (share + kSampleThreads * vector - 1) / (kSampleThreads * vector) * kSampleThreads * vector;
-}
-
-int most_words() { return (device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 4 * 1024) / 4; }
-
 }  // namespace
 
 void greedy(int32_t* token_ids, bool* broken, const Logits& logits, int splits, cudaStream_t stream) {
-  splits = splits > 0 && is_hopper_or_later() ? splits : choose_splits(logits, 1);
+  const RowLaunch plan = plan_rows(logits, splits, false);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("greedy", greedy_kernel<T>, logits.rows, splits, 0, stream, token_ids, broken, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, splits);
+    launch_rows("greedy", greedy_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, plan.splits);
   });
 }
 
 void sample(int64_t* token_ids, bool* broken, const Logits& logits, const Drawing& drawing, int splits, cudaStream_t stream) {
+  const RowLaunch plan = plan_rows(logits, splits, true);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int kSize = Packed<T>::kSize;
-    int least = 1;
-    while (least < kMaxSplits && words_of_row(logits.size, least, kSize) > most_words()) least *= 2;
-    const int blocks = splits > 0 && is_hopper_or_later() ? splits : choose_splits(logits, least);
-    const int words = words_of_row(logits.size, blocks, kSize), room = words <= most_words() ? words : 0;
-    launch_rows("sample", sample_kernel<T>, logits.rows, blocks, size_t(room) * 4, stream, token_ids, broken,
-                static_cast<const T*>(logits.data), logits.stride, logits.size, drawing, blocks, room);
+    launch_rows("sample", sample_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, drawing, plan.splits, plan.room);
   });
 }
 

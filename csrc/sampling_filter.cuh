@@ -13,6 +13,7 @@ namespace batchinfer {
 
 constexpr uint32_t kAnyMagnitude = 0x7fffffffu;
 constexpr int kAnyToken = 0x7fffffff;
+constexpr int kMagnitudes = 31, kOrdered = 32;  // bits of keys
 
 struct Border {
   uint32_t magnitude;
@@ -23,6 +24,7 @@ struct Border {
 __device__ __forceinline__ uint32_t magnitude_of(float score) { return __float_as_uint(score) & kAnyMagnitude; }
 
 // exp(-magnitude) in units of 2^-44: what is lost could not be drawn anyway, and 2^18 tokens of the highest fit.
+constexpr Wide kWholeMass = Wide(1) << 44;
 __device__ __forceinline__ Wide mass_of(uint32_t magnitude) {
   const uint32_t bits = __float_as_uint(expf(-__uint_as_float(magnitude)));
   const uint32_t exponent = bits >> 23, shift = 127 - exponent;
@@ -50,25 +52,40 @@ class Search {
     return border.admits(0, likeliest) ? border : Border{0, likeliest};
   }
 
+  // The border of the k likeliest tokens, exactly: of equals at the border the lower ids are in. In the order of ~ordered(logit).
+  __device__ Border likeliest(int k) {
+    const auto all = [](float logit, int, uint32_t& key) { return key = ~ordered(logit), true; };
+    const Found found = find(all, one, [k](Wide) { return Wide(k); }, kOrdered);
+    return {found.key, last_of_equals([found](float logit) { return ~ordered(logit) == found.key; }, found, 1)};
+  }
+
  private:
   __device__ static Border nearer(Border a, Border b) { return b.admits(a.magnitude, a.token) ? a : b; }
 
+  __device__ uint32_t magnitude(float logit) const { return magnitude_of(__fdiv_rn(logit - max_, heat_)); }
+
   __device__ uint32_t kth_magnitude(int k) {
-    const auto all = [](uint32_t magnitude, int, uint32_t& key) { return key = magnitude, true; };
-    return find(all, [](uint32_t) { return Wide(1); }, [k](Wide) { return Wide(k); }, 0).key;
+    const auto all = [this](float logit, int, uint32_t& key) { return key = magnitude(logit), true; };
+    return find(all, one, [k](Wide) { return Wide(k); }, kMagnitudes).key;
   }
 
   // The last token before which less than top_p of the mass of the magnitudes up to `limit` lies.
   __device__ Border border_of_mass(uint32_t limit, float top_p) {
-    const auto left = [limit](uint32_t magnitude, int, uint32_t& key) { return key = magnitude, magnitude <= limit; };
+    const auto left = [this, limit](float logit, int, uint32_t& key) { return key = magnitude(logit), key <= limit; };
     const auto target = [top_p](Wide total) { return Wide(fmax(1.0, ceil(double(top_p) * double(total)))); };
-    const Found found = find(left, mass_of, target, 0);
-    const Wide each = mass_of(found.key), equals = found.at / (each > 0 ? each : 1);
-    const Wide needed = (found.target - found.before + each - 1) / (each > 0 ? each : 1);
-    if (needed >= equals) return {found.key, kAnyToken};
-    const auto equal = [found](uint32_t magnitude, int token, uint32_t& key) { return key = token, magnitude == found.key; };
-    const int bits = 32 - __clz(slice_.size);
-    return {found.key, int(find(equal, [](uint32_t) { return Wide(1); }, [needed](Wide) { return needed; }, bits).key)};
+    const Found found = find(left, mass_of, target, kMagnitudes);
+    const auto equal = [this, found](float logit) { return magnitude(logit) == found.key; };
+    return {found.key, last_of_equals(equal, found, mass_of(found.key))};
+  }
+
+  // The last token that stays of those equal at the key found, each of which weighs `weight`.
+  template <typename Equal>
+  __device__ int last_of_equals(Equal equal, const Found& found, Wide weight) {
+    weight = weight > 0 ? weight : 1;
+    const Wide needed = (found.target - found.before + weight - 1) / weight;
+    if (needed >= found.at / weight) return kAnyToken;
+    const auto select = [equal](float logit, int token, uint32_t& key) { return key = token, equal(logit); };
+    return int(find(select, one, [needed](Wide) { return needed; }, 32 - __clz(slice_.size)).key);
   }
 
   // The largest magnitude whose probability is min_p of the highest, or more, as float32 has it. 0 if there is none.
@@ -81,13 +98,14 @@ class Search {
     return good;
   }
 
-  // select(magnitude, token, key) says whether a token takes part, and with which key. bits: of the keys; 0: they are magnitudes.
+  __device__ static Wide one(uint32_t) { return 1; }
+
+  // select(logit, token, key) says whether a token takes part, and with which key. bits: of the keys; kMagnitudes: they are such.
   template <typename Select, typename Weigh, typename Target>
   __device__ Found find(Select select, Weigh weigh, Target target_of, int bits) {
-    const bool magnitudes = bits == 0;
-    uint32_t low = 0, high = magnitudes ? kAnyMagnitude : (1u << bits) - 1;
+    uint32_t low = 0, high = 0xffffffffu >> (32 - bits);
     int shift = bits > 3 ? bits - 3 : 0;
-    bool octaves = magnitudes;  // the first pass over magnitudes: up to 1/4, six octaves, from 16 on
+    bool octaves = bits == kMagnitudes;  // the first pass over magnitudes: up to 1/4, six octaves, from 16 on
     Found found = {0, 0, 0, 0};
     if (room_ > 0) gather(select);
     for (bool first = true;; first = false) {
@@ -153,8 +171,7 @@ class Search {
 #pragma unroll
       for (int i = 0; i < Slice<T>::kSize; ++i) {
         uint32_t key;
-        const uint32_t magnitude = magnitude_of(__fdiv_rn(v[i] - max_, heat_));
-        if (token + i < slice_.end && select(magnitude, token + i, key)) body(key);
+        if (token + i < slice_.end && select(v[i], token + i, key)) body(key);
       }
     }
   }

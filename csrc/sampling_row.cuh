@@ -15,6 +15,7 @@ using Wide = unsigned long long;
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / kWarp;
 constexpr int kMaxSplits = 8;
+constexpr int kInFlight = 4;         // loads of 16 bytes that a thread has under way
 constexpr int kParts = 8;  // numbers told at once
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -90,6 +91,14 @@ struct Slice {
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kSize; }
 };
 
+template <typename T>
+__device__ __forceinline__ Slice<T> slice_of(const T* logits, int64_t stride, int size, int row, int split, int splits) {
+  constexpr int kSize = Packed<T>::kSize;
+  const int share = (size + splits * kSize - 1) / (splits * kSize) * kSize;
+  const T* begin = logits + row * stride;
+  return {begin, min(split * share, size), min((split + 1) * share, size), size, reinterpret_cast<uintptr_t>(begin) % 16 == 0};
+}
+
 // Float32 as unsigned integers of the same order, -0 beside 0; NaN is above all.
 __device__ __forceinline__ uint32_t ordered(float x) {
   if (x != x) return 0xffffffffu;
@@ -104,6 +113,32 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
 __device__ __forceinline__ Wide pack(float x, int token) { return Wide(ordered(x)) << 32 | uint32_t(~token); }
 __device__ __forceinline__ float packed_number(Wide key) { return from_ordered(uint32_t(key >> 32)); }
 __device__ __forceinline__ int packed_token(Wide key) { return int(~uint32_t(key)); }
+
+// The highest of a thread's logits with its token.
+template <typename T>
+__device__ __forceinline__ Wide highest_of_thread(const Slice<T>& slice) {
+  float best = -INFINITY;
+  Packed<T> held;
+  int held_first = -1;
+  for (int first = slice.first_of_thread(); first < slice.end; first += kInFlight * Slice<T>::kStep) {
+    Packed<T> v[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) v[i] = slice.load(first + i * Slice<T>::kStep);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const float m = v[i].highest();
+      if (!(m <= best) && best == best) best = m, held = v[i], held_first = first + i * Slice<T>::kStep;
+    }
+  }
+  if (held_first < 0) return slice.first_of_thread() < slice.end ? pack(-INFINITY, slice.first_of_thread()) : 0;
+  int at = 0;
+#pragma unroll
+  for (int i = Slice<T>::kSize - 1; i >= 0; --i) {
+    const float x = held[i];
+    if (x == best || x != x) at = i;
+  }
+  return pack(best, held_first + at);
+}
 
 struct Exchange {
   Wide warps[kSampleWarps][kParts];
@@ -126,6 +161,29 @@ class Cluster {
   }
 
   __device__ int rank() const { return rank_; }
+
+  // The next free place of a list in block 0, whose length lies there in `length`, gets `key`.
+  __device__ void append(uint32_t* length, Wide* list, Wide key) const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      uint32_t place;
+      asm volatile("atom.shared::cluster.add.u32 %0, [%1], 1;" : "=r"(place) : "r"(address_in(0, length)) : "memory");
+      tell(0, list + place, key);
+      return;
+    }
+#endif
+    list[atomicAdd(length, 1u)] = key;
+  }
+
+  __device__ void barrier() const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
 
   // The highest `key` of the cluster's threads.
   __device__ Wide max(Wide key) {
@@ -180,24 +238,20 @@ class Cluster {
   __device__ void tell(int rank, Wide* place, Wide x) const {
 #if __CUDA_ARCH__ >= 900
     if (size_ > 1) {
-      uint32_t address;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(place))), "r"(rank));
-      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address_in(rank, place)), "l"(x) : "memory");
       return;
     }
 #endif
     *place = x;
   }
 
-  __device__ void barrier() const {
 #if __CUDA_ARCH__ >= 900
-    if (size_ > 1) {
-      asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-      return;
-    }
-#endif
-    __syncthreads();
+  __device__ static uint32_t address_in(int rank, void* place) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(place))), "r"(rank));
+    return address;
   }
+#endif
 
   Exchange& memory_;
   int rank_, size_, turn_ = 0;
