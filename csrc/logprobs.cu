@@ -14,6 +14,8 @@ struct Block {
   Wide likeliest[kMostLikeliest];  // in block 0, in no order
 };
 
+constexpr float kUnits = 17592186044416.0f;  // 2^44: what exp(0) counts for in sums
+
 struct Counted {
   float log_total;  // of exp(logit - max)
   int64_t rank;
@@ -22,20 +24,20 @@ struct Counted {
 // The sum is one of integers and hence the same however a row is shared.
 template <typename T>
 __device__ Counted count(const Slice<T>& slice, Cluster& cluster, float max, float score, int chosen) {
-  Wide parts[kParts] = {};
+  Wide parts[kBins] = {};
   for (int token = slice.first_of_thread(); token < slice.end; token += Slice<T>::kStep) {
     const Packed<T> v = slice.load(token);
 #pragma unroll
     for (int i = 0; i < Slice<T>::kSize; ++i) {
       const float x = v[i];
-      parts[0] += mass_of(magnitude_of(x - max));
+      parts[0] += __float2ull_rn(expf(x - max) * kUnits);
       parts[1] += token + i < slice.end && (x > score || (x == score && token + i < chosen)) ? 1 : 0;
     }
   }
   const Wide sum = cluster.sum(parts);
   const Wide mass = __shfl_sync(kAllLanes, sum, 0), before = __shfl_sync(kAllLanes, sum, 1);
-  const float rest = static_cast<float>(static_cast<long long>(mass - kWholeMass)) / static_cast<float>(kWholeMass);
-  return {log1pf(rest), int64_t(before) + 1};
+  const float rest = static_cast<float>(static_cast<long long>(mass - Wide(kUnits))) / kUnits;
+  return {isfinite(max) ? log1pf(rest) : NAN, int64_t(before) + 1};
 }
 
 // Every admitted token goes into block 0's list, which then puts each into its place: that many are before it.
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) log_probabilities_kernel(Lo
   const Counted counted = count(slice, cluster, max, score, chosen);
   if (split == 0 && threadIdx.x == 0) told.chosen[row] = score - max - counted.log_total, told.ranks[row] = counted.rank;
   if (k == 0) return;
-  const Border border = Search<T>(slice, max, 1.0f, cluster, columns, room).likeliest(k);
+  const Border border = Search<T>(slice, Scores{max, 1.0f, 1.0f}, cluster, columns, room).likeliest(k);
   tell_likeliest(slice, cluster, block, border, max, counted.log_total, told.top_ids + row * k, told.top + row * k, k);
 }
 

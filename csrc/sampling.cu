@@ -6,6 +6,9 @@
 // above with a margin for rounding, so no draw changes.
 #include "sampling.h"
 
+#include <cfloat>
+#include <cstdlib>
+
 #include "sampling_filter.cuh"
 #include "sampling_launch.h"
 #include "sampling_noise.cuh"
@@ -22,49 +25,80 @@ struct Block {
 };
 
 struct Row {
-  float max, heat, inverse;
+  Scores scores;
   uint32_t position;
   uint64_t seed;
   Border border;
+
+  __device__ __forceinline__ float about(float logit) const { return (logit - scores.max) * scores.inverse; }
+  __device__ __forceinline__ float farthest() const {
+    return border.magnitude < 0x7f800000u ? -__uint_as_float(border.magnitude) : -INFINITY;
+  }
 };
+
+// A first bar, from the first 16 bytes of each thread: without it, every thread would take its first tokens for promising.
+template <typename T>
+__device__ __forceinline__ void raise_bar(const Slice<T>& slice, const Row& row, int* shared_bar) {
+  const float inside = row.farthest() * (1.0f - 1e-5f) + kMargin;  // scores above it are admitted
+  const int first = slice.first_of_thread();
+  float best = kLeastNoise;
+  if (first < slice.end) {
+    const Packed<T> v = slice.load(first);
+#pragma unroll
+    for (int group = 0; group < Slice<T>::kSize / 4; ++group) {
+      const uint4 words = random_words(first / 4 + group, row.position, row.seed);
+      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float score = row.about(v[group * 4 + i]);
+        if (score > inside) best = fmaxf(best, score + least_noise(word[i]) - kMargin);
+      }
+    }
+  }
+  best = warp_max(best);
+  if (threadIdx.x % kWarp == 0) atomicMax(shared_bar, __float_as_int(best + kAboveZero));
+  __syncthreads();
+}
 
 // The highest sum of score and noise of a thread's tokens, with its token.
 template <typename T>
 __device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, const Row& row, int* shared_bar) {
-  const float farthest = row.border.magnitude < 0x7f800000u ? -__uint_as_float(row.border.magnitude) : -INFINITY;
-  const float floor = farthest * (1.0f + 1e-5f) - kMargin;
+  const float floor = row.farthest() * (1.0f + 1e-5f) - kMargin;
   float best = -INFINITY;
   int best_token = 0;
   Packed<T> next = slice.load(slice.first_of_thread());
   for (int first = slice.first_of_thread(); first < slice.end; first += Slice<T>::kStep) {
     const Packed<T> v = next;
     next = slice.load(first + Slice<T>::kStep);
-    float bar = __int_as_float(*static_cast<volatile int*>(shared_bar)) - kAboveZero - kMargin;
+    const float bar = __int_as_float(*static_cast<volatile int*>(shared_bar)) - kAboveZero - kMargin;
 #pragma unroll
     for (int group = 0; group < Slice<T>::kSize / 4; ++group) {
       float x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = v[group * 4 + i];
-      const float score = (fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) - row.max) * row.inverse;
+      const float score = row.about(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
       if (score < fmaxf(bar - kMostNoise, floor)) continue;
       const uint4 words = random_words(first / 4 + group, row.position, row.seed);
       if (score + most_noise(max(max(words.x, words.y), max(words.z, words.w))) < bar) continue;
       const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-      bool better = false;
+      unsigned promising = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float exact = __fdiv_rn(x[i] - row.max, row.heat), sum = exact + gumbel_noise(word[i]);
-        if (!(sum > best) || !row.border.admits(magnitude_of(exact), first + group * 4 + i)) continue;
-        best = sum, best_token = first + group * 4 + i, better = true;
+      for (int i = 0; i < 4; ++i) promising |= row.about(x[i]) + most_noise(word[i]) < bar ? 0 : 1 << i;
+      for (; promising; promising &= promising - 1) {
+        const int i = __ffs(promising) - 1, token = first + group * 4 + i;
+        const float exact = row.scores(i < 2 ? i < 1 ? x[0] : x[1] : i < 3 ? x[2] : x[3]);
+        const float sum = exact + gumbel_noise(i < 2 ? i < 1 ? word[0] : word[1] : i < 3 ? word[2] : word[3]);
+        if (!(sum > best) || !row.border.admits(magnitude_of(exact), token)) continue;
+        best = sum, best_token = token;
+        atomicMax(shared_bar, __float_as_int(fmaxf(best + kAboveZero, 0.0f)));
       }
-      if (better) atomicMax(shared_bar, __float_as_int(fmaxf(best + kAboveZero, 0.0f)));
     }
   }
   return best > -INFINITY ? pack(best, best_token) : 0;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 3)
+template <typename T, int kInFlight, int kBlocks>
+__global__ void __launch_bounds__(kSampleThreads, kBlocks)
     greedy_kernel(int32_t* token_ids, bool* broken, const T* logits, int64_t stride, int size, int splits) {
   __shared__ Block block;
   const int row = blockIdx.x / splits, split = blockIdx.x % splits;
@@ -72,7 +106,7 @@ __global__ void __launch_bounds__(kSampleThreads, 3)
   const Slice<T> slice = slice_of(logits, stride, size, row, split, splits);
   wait_for_previous();
   let_next_start();
-  const Wide mine = highest_of_thread(slice);
+  const Wide mine = highest_of_thread<kInFlight>(slice);
   cluster.wait_for_all();
   const Wide key = cluster.max(mine);
   if (split == 0 && threadIdx.x == 0) {
@@ -104,13 +138,14 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
     if (writes) token_ids[index] = is_broken && temperature > 0 ? 0 : packed_token(highest);
     return;
   }
-  const float heat = fmaxf(float(temperature), 1.17549435e-38f);
-  Row row = {max, heat, 1.0f / heat, uint32_t(drawing.positions[index]), uint64_t(drawing.seeds[index]), {kAnyMagnitude, kAnyToken}};
+  const float heat = fminf(fmaxf(float(temperature), FLT_MIN), FLT_MAX);
+  Row row = {{max, heat, 1.0f / heat}, uint32_t(drawing.positions[index]), uint64_t(drawing.seeds[index]), {kAnyMagnitude, kAnyToken}};
   const int top_k = drawing.top_k[index];
   const double top_p = drawing.top_p[index], min_p = drawing.min_p[index];
   if ((top_k > 0 && top_k < size) || top_p < 1 || min_p > 0)
-    row.border = Search<T>(slice, max, heat, cluster, columns, room)
+    row.border = Search<T>(slice, row.scores, cluster, columns, room)
                      .border(top_k, top_p < 1, float(top_p), float(min_p), size, packed_token(highest));
+  raise_bar(slice, row, &block.bar);
   const Wide drawn = cluster.max(draw_of_thread(slice, row, &block.bar));
   if (writes) token_ids[index] = packed_token(drawn);
 }
@@ -121,8 +156,17 @@ void greedy(int32_t* token_ids, bool* broken, const Logits& logits, int splits, 
   const RowLaunch plan = plan_rows(logits, splits, false);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("greedy", greedy_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, plan.splits);
+    const auto go = [&](auto kernel) {
+    launch_rows("greedy", kernel, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, plan.splits); };
+    const char* e = getenv("GV");
+    switch (e ? atoi(e) : 0) {
+      case 0: return go(greedy_kernel<T, 4, 3>);
+      case 1: return go(greedy_kernel<T, 2, 4>);
+      case 2: return go(greedy_kernel<T, 8, 2>);
+      case 3: return go(greedy_kernel<T, 3, 3>);
+      case 4: return go(greedy_kernel<T, 6, 2>);
+    }
   });
 }
 

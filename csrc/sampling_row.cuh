@@ -15,8 +15,8 @@ using Wide = unsigned long long;
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / kWarp;
 constexpr int kMaxSplits = 8;
-constexpr int kInFlight = 4;         // loads of 16 bytes that a thread has under way
-constexpr int kParts = 8;  // numbers told at once
+constexpr int kBins = 8;
+constexpr int kParts = 16;  // numbers told at once: sums for the bins, two maxima, and room
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float m;
@@ -99,6 +99,16 @@ __device__ __forceinline__ Slice<T> slice_of(const T* logits, int64_t stride, in
   return {begin, min(split * share, size), min((split + 1) * share, size), size, reinterpret_cast<uintptr_t>(begin) % 16 == 0};
 }
 
+// (logit - highest) / temperature. The quotient is mended by what it misses (Markstein 1990), which rounds as a division does.
+struct Scores {
+  float max, heat, inverse;  // inverse: 1 / heat
+
+  __device__ __forceinline__ float operator()(float logit) const {
+    const float gap = logit - max, quotient = gap * inverse;
+    return quotient == -INFINITY ? quotient : fmaf(fmaf(-quotient, heat, gap), inverse, quotient);
+  }
+};
+
 // Float32 as unsigned integers of the same order, -0 beside 0; NaN is above all.
 __device__ __forceinline__ uint32_t ordered(float x) {
   if (x != x) return 0xffffffffu;
@@ -114,8 +124,8 @@ __device__ __forceinline__ Wide pack(float x, int token) { return Wide(ordered(x
 __device__ __forceinline__ float packed_number(Wide key) { return from_ordered(uint32_t(key >> 32)); }
 __device__ __forceinline__ int packed_token(Wide key) { return int(~uint32_t(key)); }
 
-// The highest of a thread's logits with its token.
-template <typename T>
+// The highest of a thread's logits with its token. kInFlight: loads of 16 bytes that are under way at once.
+template <int kInFlight = 4, typename T>
 __device__ __forceinline__ Wide highest_of_thread(const Slice<T>& slice) {
   float best = -INFINITY;
   Packed<T> held;
@@ -192,28 +202,32 @@ class Cluster {
     return exchange(key, [](Wide a, Wide b) { return larger(a, b); });
   }
 
-  // Lane l gets the sum of parts[l % 8] over the cluster's threads. Integers, so it does not depend on their order.
-  __device__ Wide sum(Wide (&parts)[kParts]) {
+  // Lane i < 8 gets the sum of bins[i] over the cluster's threads, lanes 8 and 9 the maxima of `first` and `second`. Integers, so
+  // nothing depends on their order.
+  __device__ Wide sum(Wide (&bins)[kBins], uint32_t first = 0, uint32_t second = 0) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int half = kParts / 2; half > 0; half /= 2) {  // lanes halve what they hold: afterwards one part each
+    for (int half = kBins / 2; half > 0; half /= 2) {  // lanes halve what they hold: afterwards one bin each
       const bool upper = lane & half;
 #pragma unroll
       for (int i = 0; i < half; ++i) {
-        const Wide kept = upper ? parts[i + half] : parts[i], given = upper ? parts[i] : parts[i + half];
-        parts[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
+        const Wide kept = upper ? bins[i + half] : bins[i], given = upper ? bins[i] : bins[i + half];
+        bins[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
       }
     }
-    Wide x = parts[0];
+    Wide x = bins[0];
     x += __shfl_xor_sync(kAllLanes, x, 8);
     x += __shfl_xor_sync(kAllLanes, x, 16);
-    return exchange(x, [](Wide a, Wide b) { return a + b; });
+    first = __reduce_max_sync(kAllLanes, first), second = __reduce_max_sync(kAllLanes, second);
+    if (lane >= kBins) x = lane == kBins ? first : lane == kBins + 1 ? second : 0;
+    const bool adds = lane % kParts < kBins;
+    return exchange(x, [adds](Wide a, Wide b) { return adds ? a + b : larger(a, b); });
   }
 
  private:
   __device__ static Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
-  // `mine`: the warp's part l % 8 in lane l. Returns the same of the whole cluster. 0 is the operation's neutral element.
+  // `mine`: the warp's part l % 16 in lane l. Returns the same of the whole cluster. 0 is the operation's neutral element.
   template <typename Operation>
   __device__ Wide exchange(Wide mine, Operation operation) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, part = threadIdx.x % kParts;
@@ -228,8 +242,7 @@ class Cluster {
     barrier();
     Wide x = 0;
     for (int rank = lane / kParts; rank < size_; rank += kWarp / kParts) x = operation(x, memory_.told[turn_][rank][part]);
-    x = operation(x, __shfl_xor_sync(kAllLanes, x, 8));
-    x = operation(x, __shfl_xor_sync(kAllLanes, x, 16));
+    x = operation(x, __shfl_xor_sync(kAllLanes, x, kParts));
     turn_ ^= 1;  // who is ahead writes into the other half, and gets no further before all have read this one
     return x;
   }
