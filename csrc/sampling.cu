@@ -1,13 +1,12 @@
 // Greedy and random choice of tokens. Bound by memory: greedy reads every logit once. Drawing reads a row twice, the second time
 // mostly from the L2 cache, and there the integer arithmetic of Philox takes about as long as memory does.
 //
-// A token's noise is looked at only if the token can still win: the score of a group of four and the highest noise there is must
-// reach the best sum that the block has seen, and again after Philox with a bound that takes one logarithm. Both are bounds from
-// above with a margin for rounding, so no draw changes.
+// A token's noise is computed only if the token can still win. Of every 16 bytes of logits, the best score and the highest noise there
+// is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest word's noise that
+// takes one logarithm. Both are bounds from above with a margin for rounding, so no draw changes.
 #include "sampling.h"
 
 #include <cfloat>
-#include <cstdlib>
 
 #include "sampling_filter.cuh"
 #include "sampling_launch.h"
@@ -16,18 +15,14 @@
 namespace batchinfer {
 namespace {
 
-constexpr float kMargin = 1e-4f;     // far above the rounding of a bound, which is below 2e-5
-constexpr float kAboveZero = 8.0f;   // added to sums of score and noise, so that as floats they are ordered like integers
+constexpr float kMargin = 1e-4f;    // far above the rounding of a bound, which is below 2e-5
+constexpr float kAboveZero = 8.0f;  // added to sums of score and noise, so that as floats they are ordered like integers
 
-struct Block {
-  Exchange exchange;
-  int bar;  // float bits of kAboveZero + the best sum of score and noise that a token of this block has
-};
-
+// How a row is drawn.
 struct Row {
   Scores scores;
   uint32_t position;
-  uint64_t seed;
+  uint2 seed;
   Border border;
 
   __device__ __forceinline__ float about(float logit) const { return (logit - scores.max) * scores.inverse; }
@@ -36,69 +31,104 @@ struct Row {
   }
 };
 
+struct Block {
+  Exchange exchange;
+  Row row;
+  int bar;  // float bits of kAboveZero + a sum of score and noise that a token of this block reaches
+};
+
+// The random words of a vector's tokens.
+template <typename T>
+struct Words {
+  static constexpr int kGroups = Packed<T>::kSize / 4;
+  uint4 groups[kGroups];
+
+  __device__ __forceinline__ Words(const Row& row, int first) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) groups[i] = random_words(first / 4 + i, row.position, row.seed);
+  }
+  __device__ __forceinline__ uint32_t operator[](int i) const {
+    const uint4& group = groups[i / 4];
+    return i % 4 < 2 ? i % 4 < 1 ? group.x : group.y : i % 4 < 3 ? group.z : group.w;
+  }
+  __device__ __forceinline__ uint32_t highest() const {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) most = max(most, max(max(groups[i].x, groups[i].y), max(groups[i].z, groups[i].w)));
+    return most;
+  }
+};
+
+__device__ __forceinline__ float bar_of(const int& bar) {
+  return __int_as_float(*static_cast<const volatile int*>(&bar)) - kAboveZero - kMargin;
+}
+
 // A first bar, from the first 16 bytes of each thread: without it, every thread would take its first tokens for promising.
 template <typename T>
-__device__ __forceinline__ void raise_bar(const Slice<T>& slice, const Row& row, int* shared_bar) {
+__device__ __noinline__ void raise_bar(const Slice<T>& slice, Block& block) {
+  const Row row = block.row;
   const float inside = row.farthest() * (1.0f - 1e-5f) + kMargin;  // scores above it are admitted
   const int first = slice.first_of_thread();
   float best = kLeastNoise;
   if (first < slice.end) {
     const Packed<T> v = slice.load(first);
+    const Words<T> words(row, first);
 #pragma unroll
-    for (int group = 0; group < Slice<T>::kSize / 4; ++group) {
-      const uint4 words = random_words(first / 4 + group, row.position, row.seed);
-      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float score = row.about(v[group * 4 + i]);
-        if (score > inside) best = fmaxf(best, score + least_noise(word[i]) - kMargin);
-      }
+    for (int i = 0; i < Slice<T>::kSize; ++i) {
+      const float score = row.about(v[i]);
+      if (score > inside) best = fmaxf(best, score + least_noise(words[i]) - kMargin);
     }
   }
   best = warp_max(best);
-  if (threadIdx.x % kWarp == 0) atomicMax(shared_bar, __float_as_int(best + kAboveZero));
+  if (threadIdx.x % kWarp == 0) atomicMax(&block.bar, __float_as_int(best + kAboveZero));
   __syncthreads();
+}
+
+// The better of `best` and the tokens of v, by exact sums. Rare, hence kept out of the loop that calls it.
+template <typename T>
+__device__ __noinline__ Wide better_of(const Packed<T> v, int first, Block& block, Wide best) {
+  const Row row = block.row;
+  const Words<T> words(row, first);
+  const float bar = bar_of(block.bar);
+  unsigned promising = 0;
+#pragma unroll
+  for (int i = 0; i < Slice<T>::kSize; ++i) promising |= row.about(v[i]) + most_noise(words[i]) < bar ? 0 : 1 << i;
+  for (; promising; promising &= promising - 1) {
+    const int at = __ffs(promising) - 1;
+    float logit = v[0];
+    uint32_t word = words[0];
+#pragma unroll
+    for (int i = 1; i < Slice<T>::kSize; ++i)
+      if (i == at) logit = v[i], word = words[i];
+    const float score = row.scores(logit), sum = score + gumbel_noise(word);
+    if (!(sum > -INFINITY) || !row.border.admits(magnitude_of(score), first + at)) continue;
+    atomicMax(&block.bar, __float_as_int(fmaxf(sum + kAboveZero, 0.0f)));
+    const Wide key = pack(sum, first + at);
+    best = key > best ? key : best;
+  }
+  return best;
 }
 
 // The highest sum of score and noise of a thread's tokens, with its token.
 template <typename T>
-__device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, const Row& row, int* shared_bar) {
+__device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, Block& block) {
+  const Row row = block.row;
   const float floor = row.farthest() * (1.0f + 1e-5f) - kMargin;
-  float best = -INFINITY;
-  int best_token = 0;
+  Wide best = 0;
   Packed<T> next = slice.load(slice.first_of_thread());
   for (int first = slice.first_of_thread(); first < slice.end; first += Slice<T>::kStep) {
     const Packed<T> v = next;
     next = slice.load(first + Slice<T>::kStep);
-    const float bar = __int_as_float(*static_cast<volatile int*>(shared_bar)) - kAboveZero - kMargin;
-#pragma unroll
-    for (int group = 0; group < Slice<T>::kSize / 4; ++group) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = v[group * 4 + i];
-      const float score = row.about(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
-      if (score < fmaxf(bar - kMostNoise, floor)) continue;
-      const uint4 words = random_words(first / 4 + group, row.position, row.seed);
-      if (score + most_noise(max(max(words.x, words.y), max(words.z, words.w))) < bar) continue;
-      const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-      unsigned promising = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) promising |= row.about(x[i]) + most_noise(word[i]) < bar ? 0 : 1 << i;
-      for (; promising; promising &= promising - 1) {
-        const int i = __ffs(promising) - 1, token = first + group * 4 + i;
-        const float exact = row.scores(i < 2 ? i < 1 ? x[0] : x[1] : i < 3 ? x[2] : x[3]);
-        const float sum = exact + gumbel_noise(i < 2 ? i < 1 ? word[0] : word[1] : i < 3 ? word[2] : word[3]);
-        if (!(sum > best) || !row.border.admits(magnitude_of(exact), token)) continue;
-        best = sum, best_token = token;
-        atomicMax(shared_bar, __float_as_int(fmaxf(best + kAboveZero, 0.0f)));
-      }
-    }
+    const float bar = bar_of(block.bar), score = row.about(v.highest());
+    if (score < fmaxf(bar - kMostNoise, floor)) continue;
+    if (score + most_noise(Words<T>(row, first).highest()) < bar) continue;
+    best = better_of(v, first, block, best);
   }
-  return best > -INFINITY ? pack(best, best_token) : 0;
+  return best;
 }
 
-template <typename T, int kInFlight, int kBlocks>
-__global__ void __launch_bounds__(kSampleThreads, kBlocks)
+template <typename T>
+__global__ void __launch_bounds__(kSampleThreads, 2)
     greedy_kernel(int32_t* token_ids, bool* broken, const T* logits, int64_t stride, int size, int splits) {
   __shared__ Block block;
   const int row = blockIdx.x / splits, split = blockIdx.x % splits;
@@ -106,7 +136,7 @@ __global__ void __launch_bounds__(kSampleThreads, kBlocks)
   const Slice<T> slice = slice_of(logits, stride, size, row, split, splits);
   wait_for_previous();
   let_next_start();
-  const Wide mine = highest_of_thread<kInFlight>(slice);
+  const Wide mine = highest_of_thread<8>(slice);
   cluster.wait_for_all();
   const Wide key = cluster.max(mine);
   if (split == 0 && threadIdx.x == 0) {
@@ -127,7 +157,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
   const Slice<T> slice = slice_of(logits, stride, size, index, split, splits);
   wait_for_previous();
   let_next_start();
-  const Wide mine = highest_of_thread(slice);
+  const Wide mine = highest_of_thread<4>(slice);
   cluster.wait_for_all();
   const Wide highest = cluster.max(mine);
   const bool is_broken = highest >> 32 == 0xffffffffu;
@@ -139,14 +169,19 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
     return;
   }
   const float heat = fminf(fmaxf(float(temperature), FLT_MIN), FLT_MAX);
-  Row row = {{max, heat, 1.0f / heat}, uint32_t(drawing.positions[index]), uint64_t(drawing.seeds[index]), {kAnyMagnitude, kAnyToken}};
+  const Scores scores = {max, heat, 1.0f / heat};
   const int top_k = drawing.top_k[index];
   const double top_p = drawing.top_p[index], min_p = drawing.min_p[index];
+  Border border = {kAnyMagnitude, kAnyToken};
   if ((top_k > 0 && top_k < size) || top_p < 1 || min_p > 0)
-    row.border = Search<T>(slice, row.scores, cluster, columns, room)
-                     .border(top_k, top_p < 1, float(top_p), float(min_p), size, packed_token(highest));
-  raise_bar(slice, row, &block.bar);
-  const Wide drawn = cluster.max(draw_of_thread(slice, row, &block.bar));
+    border = border_of(slice, scores, cluster, columns, room, Limits{top_k, top_p < 1, float(top_p), float(min_p)}, packed_token(highest));
+  if (threadIdx.x == 0) {
+    const int64_t seed = drawing.seeds[index];
+    block.row = {scores, uint32_t(drawing.positions[index]), {uint32_t(seed), uint32_t(seed >> 32)}, border};
+  }
+  __syncthreads();
+  raise_bar(slice, block);
+  const Wide drawn = cluster.max(draw_of_thread(slice, block));
   if (writes) token_ids[index] = packed_token(drawn);
 }
 
@@ -156,17 +191,8 @@ void greedy(int32_t* token_ids, bool* broken, const Logits& logits, int splits, 
   const RowLaunch plan = plan_rows(logits, splits, false);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto go = [&](auto kernel) {
-    launch_rows("greedy", kernel, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, plan.splits); };
-    const char* e = getenv("GV");
-    switch (e ? atoi(e) : 0) {
-      case 0: return go(greedy_kernel<T, 4, 3>);
-      case 1: return go(greedy_kernel<T, 2, 4>);
-      case 2: return go(greedy_kernel<T, 8, 2>);
-      case 3: return go(greedy_kernel<T, 3, 3>);
-      case 4: return go(greedy_kernel<T, 6, 2>);
-    }
+    launch_rows("greedy", greedy_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, plan.splits);
   });
 }
 

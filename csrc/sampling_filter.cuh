@@ -43,11 +43,23 @@ struct Mass {
   __device__ __forceinline__ int shift(int octave) const { return int(0x010b111415161616ull >> (8 * octave)) & 0xff; }
 };
 
+// What a row asks for.
+struct Limits {
+  int top_k;
+  bool cuts_mass;  // by top_p
+  float top_p, min_p;
+};
+
 // What a search is left with: the first key at which the sum reaches the target, the sum before it and at it, and of one token.
 struct Found {
   uint32_t key;
   Wide before, at, target, weight;
 };
+
+// sum += x if a == b, in a predicated instruction: the compiler would select between x and 0 first.
+__device__ __forceinline__ void add_if_equal(int a, int b, uint32_t& sum, uint32_t x) {
+  asm("{\n.reg .pred p;\nsetp.eq.s32 p, %2, %3;\n@p add.u32 %0, %0, %1;\n}" : "+r"(sum) : "r"(x), "r"(a), "r"(b));
+}
 
 template <typename T>
 class Search {
@@ -55,12 +67,12 @@ class Search {
   __device__ Search(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room)
       : slice_(slice), scores_(scores), cluster_(cluster), column_(memory + threadIdx.x), room_(room) {}
 
-  // The border of a row of `size` tokens; likeliest: the token with score 0, which stays in any case.
-  __device__ Border border(int top_k, bool cuts_mass, float top_p, float min_p, int size, int likeliest) {
+  // likeliest: the token with score 0, which stays in any case.
+  __device__ Border border(const Limits& limits, int likeliest) {
     Border border = {kAnyMagnitude, kAnyToken};
-    if (top_k > 0 && top_k < size) border.magnitude = kth_magnitude(top_k);
-    if (cuts_mass) border = border_of_mass(border.magnitude, top_p);
-    if (min_p > 0) border = nearer(border, {least_likely(min_p), kAnyToken});
+    if (limits.top_k > 0 && limits.top_k < slice_.size) border.magnitude = kth_magnitude(limits.top_k);
+    if (limits.cuts_mass) border = border_of_mass(border.magnitude, limits.top_p);
+    if (limits.min_p > 0) border = nearer(border, {least_likely(limits.min_p), kAnyToken});
     return border.admits(0, likeliest) ? border : Border{0, likeliest};
   }
 
@@ -125,8 +137,7 @@ class Search {
         const int bin = octaves ? octave_of(key) : int((key - low) >> shift);
         const uint32_t weight = weigh(key, octaves ? bin : octave);
 #pragma unroll
-        for (int i = 0; i < kBins; ++i)
-          if (i == bin) sums[i] += weight;
+        for (int i = 0; i < kBins; ++i) add_if_equal(bin, i, sums[i], weight);
         highest = max(highest, key), lowest = max(lowest, ~key);
         return true;
       };
@@ -211,5 +222,12 @@ class Search {
   uint32_t* column_;  // this thread's: every kSampleThreads-th word
   int room_, count_ = 0;
 };
+
+// A call of its own, so that what the caller holds does not crowd the search's registers, nor the other way round.
+template <typename T>
+__device__ __noinline__ Border border_of(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room,
+                                         const Limits& limits, int likeliest) {
+  return Search<T>(slice, scores, cluster, memory, room).border(limits, likeliest);
+}
 
 }  // namespace batchinfer

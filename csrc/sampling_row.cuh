@@ -36,7 +36,7 @@ struct Packed {
   }
 
   // `count` elements, then -inf.
-  __device__ static Packed load_part(const T* from, int count) {
+  __device__ __noinline__ static Packed load_part(const T* from, int count) {
     Packed v = {};
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 VOCABULARIES = [1, 17, 257, 1000, 32000, 128256]
-SPLITS = [0, 1, 2, 8]
+SPLITS = [0, 1, 8]
 P_MIN = 1e-4  # a right sampler fails for one in 10,000 choices of seeds; the seeds here are fixed
 NAN, INF = float("nan"), float("inf")
 
