@@ -1,7 +1,7 @@
 """Choosing tokens with the CUDA kernels of `csrc/sampling.cu`. The functions are those of `reference_sampling.py`.
 
-No call waits for the device, whatever the rows ask for, and all can be captured in a CUDA graph. A call is a single launch. Left to
-the reference: float64, and vocabularies of more than MOST_TOKENS.
+No call waits for the device, whatever the rows ask for, and all can be captured in a CUDA graph. A call is a single launch.
+Left to the reference: float64, and vocabularies of more than MOST_TOKENS.
 """
 
 from __future__ import annotations
