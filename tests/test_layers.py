@@ -21,7 +21,7 @@ LAYERS = {
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
-    "engine.model_runner model.decoder model.loader",
+    "engine.kv_memory engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library",
