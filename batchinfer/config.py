@@ -182,6 +182,30 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What `profile` runs and leaves behind. No run depends on it."""
+
+    dir: str | None = _key(None, THROUGHPUT, "folder for the trace; default: outputs/profile-<model>")
+    workload: str = _key(
+        "mixed",
+        THROUGHPUT,
+        "steady state to look at: rows that end while others begin (mixed), that only decode, or only prefill",
+        choices=("mixed", "decode", "prefill"),
+    )
+    num_seqs: int | None = _key(None, THROUGHPUT, "sequences at once; default: engine.max_num_seqs", minimum=1)
+    prompt_tokens: int | None = _key(
+        None, THROUGHPUT, "mean length of a prompt, drawn evenly from 1/8 to 15/8 of it; default: 544 if they fit", minimum=8
+    )
+    output_tokens: int | None = _key(
+        None, THROUGHPUT, "mean length of a completion, drawn likewise; default: 288 if they fit", minimum=8
+    )
+    warmup_steps: int = _key(10, THROUGHPUT, "steps before, when every sequence is running", minimum=1)
+    steps: int = _key(20, THROUGHPUT, "steps in the trace", minimum=1)
+    nsys: bool = _key(False, THROUGHPUT, "record with Nsight Systems instead of torch.profiler")
+    memory_snapshot: bool = _key(False, THROUGHPUT, "also leave every allocation of GPU memory, for pytorch.org/memory_viz")
+
+
+@dataclass(frozen=True)
 class Config:
     """One request, complete and checked. Built by `from_dict`, frozen into the manifest by `to_dict`."""
 
@@ -199,6 +223,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested as the YAML is: `from_dict(config.to_dict()) == config`."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.kv_memory engine.model_runner model.decoder model.loader",
@@ -27,7 +27,7 @@ LAYERS = {
     "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library ops.elementwise "
     "ops.fused_softmax_attention ops.sampling",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
-    "facts": "checks hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
+    "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
@@ -42,6 +42,7 @@ CONTROL_PLANE = (
     "checks",
     "config",
     "hardware",
+    "timeline",
     "memory",
     "stats",
     "report",
