@@ -25,10 +25,10 @@ LAYERS = {
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library ops.elementwise "
-    "ops.fused_softmax_attention ops.sampling",
-    "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
-    "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
-    "ops.reference_sampling ops.reference_logprobs",
+    "ops.fused_softmax_attention ops.sampling values config publish data.results engine.sequence model.config "
+    "model.rope_config model.fields job.rundir job.process facts checks hardware timeline data.schema ops.precision "
+    "ops.reference ops.reference_attention ops.reference_penalties ops.reference_sampling ops.reference_logprobs "
+    "ops.linear ops.reference_linear",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
 }
