@@ -17,14 +17,19 @@ from batchinfer.ops.precision import accumulation_dtype
 from batchinfer.ops.reference_attention import paged_attention
 from batchinfer.ops.reference_logprobs import LogProbabilities, log_probabilities
 from batchinfer.ops.reference_penalties import apply_penalties, apply_token_bitmask
-from batchinfer.ops.reference_sampling import sample
+from batchinfer.ops.reference_sampling import draw, greedy, sample
 
 __all__ = [
     "LogProbabilities",
     "apply_penalties",
     "apply_token_bitmask",
+<<<<<<< HEAD
     "embedding",
     "feed_tokens",
+=======
+    "draw",
+    "greedy",
+>>>>>>> h-sampling
     "log_probabilities",
     "paged_attention",
     "rms_norm",
