@@ -22,10 +22,10 @@ LAYERS = {
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
-    "engine.model_runner model.decoder model.loader",
-    "mechanisms": "bench.workloads bench.floor "
-    "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
+    "engine.kv_memory engine.model_runner model.decoder model.loader",
+    "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
+    "bench.workloads bench.floor "
     "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "checks hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from batchinfer import ops
-from batchinfer.config import Config, ConfigError, EngineConfig
+from batchinfer.config import Config, EngineConfig
 from batchinfer.engine.batch import Batch, BatchArrays
 from batchinfer.engine.channel import BatchChannel, open_channel
+from batchinfer.engine.kv_memory import measure_kv_blocks, memory_in_words, require_fit
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import TokenMask, sample_tokens
 from batchinfer.engine.sequence import NO_TOKEN, StepResult, TokenLogprobs
-from batchinfer.hardware import GIB, available_memory
-from batchinfer.memory import gib, kv_blocks
+from batchinfer.memory import gib
 from batchinfer.memory import max_model_len as max_model_len_of
 from batchinfer.model.config import ModelShape, resolve_dtype
 from batchinfer.model.decoder import Decoder
@@ -33,10 +32,6 @@ from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
-
-CPU_CACHE_LIMIT = 4 * GIB  # a CPU is for small models: more cache would only take memory from others
-CPU_CACHE_SHARE = 3  # at most one part in so many of the host's free memory
-PROFILE_CONTEXT = 4096  # attention works in pieces of bounded size, which this many tokens fill
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,11 +100,12 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
+        self.can_retry = parallel.size == 1  # other ranks would already compute what ran out of memory here
         self.channel = channel  # to the other ranks' hosts; None: there are none, or nothing is shared yet
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
-        self.kv_cache = zeros((2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim), dtype, device)
-        keys, values = self.kv_cache
+        self.kv_cache = zeros((2, shape.num_layers, num_blocks, num_kv_heads, engine.block_size, shape.head_dim), dtype, device)
+        keys, values = self.kv_cache.transpose(3, 4)
         self.kv_caches = list(zip(keys, values, strict=True))
         self.token_cache = zeros((num_blocks * engine.block_size + 1,), torch.int32, device)  # the last place is slot -1's
         self.last_tokens = torch.zeros(engine.max_num_seqs, dtype=torch.int32, device=device)  # by sample slot
@@ -218,10 +214,11 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
     dtype = getattr(torch, dtype_name)
     begin = time.monotonic()
-    model = Decoder(shape, parallel, dtype, device, max_model_len)
-    report = load_weights(model, shape, config.model, config.seed, device)
+    with require_fit(f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights", device):
+        model = Decoder(shape, parallel, dtype, device, max_model_len)
+        report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
-    logger.info("loaded %s; %s", report.explain(), _memory_in_words(device))
+    logger.info("loaded %s; %s", report.explain(), memory_in_words(device))
     loaded = time.monotonic()
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
     num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
@@ -233,87 +230,7 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
         f"{num_blocks:,}",
         config.engine.block_size,
         gib(runner.kv_cache.nbytes),
-        _memory_in_words(device),
+        memory_in_words(device),
     )
     runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
     return runner
-
-
-def measure_kv_blocks(profiler: ModelRunner, config: Config, shape: ModelShape, dtype: str) -> int:
-    """How many blocks of KV cache this rank's memory holds beside weights and activations; the least of all ranks.
-
-    On a GPU by running the largest batch there can be and reading the peak, on a CPU by a share of the free memory; never
-    more than `max_num_seqs` sequences can fill. ConfigError: less than one sequence of `max_model_len` tokens.
-    """
-    size, max_model_len = profiler.parallel.size, profiler.max_model_len
-    free = _free_for_cache(profiler, config)
-    num_blocks = _least_of_all_ranks(kv_blocks(free, shape, dtype, size, config.engine, max_model_len), profiler.parallel)
-    if num_blocks * config.engine.block_size < max_model_len:
-        needed = max_model_len * shape.kv_bytes_per_token(dtype, size)
-        raise ConfigError(
-            f"model.max_model_len={max_model_len:,} needs {gib(needed)} of KV cache on each rank and {gib(max(0, free))} are "
-            "available: lower model.max_model_len, or raise hw.tensor_parallel or engine.gpu_memory_utilization"
-        )
-    return num_blocks
-
-
-def _free_for_cache(profiler: ModelRunner, config: Config) -> int:
-    """Bytes of this rank's device that may become KV cache; below 0 when even the model does not fit the share allowed."""
-    if profiler.device.type == "cuda":
-        return _measure_cuda(profiler, config.engine)
-    processes = max(profiler.parallel.size, config.hw.gpus_per_node)
-    return min(available_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
-
-
-def _measure_cuda(profiler: ModelRunner, engine: EngineConfig) -> int:
-    device = profiler.device
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    profiler.execute(largest_batch(engine, profiler.max_model_len))
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, NCCL, other processes
-    logger.info("largest step: peak %s, %s outside of torch; %s", gib(peak), gib(outside), _memory_in_words(device))
-    torch.cuda.empty_cache()
-    return int(engine.gpu_memory_utilization * total) - peak - outside
-
-
-def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:
-    """`max_num_batched_tokens` tokens of `max_num_seqs` sequences that all draw a token, with as much context as matters.
-
-    Runs over a cache of a single block: no token is stored, and every block table names block 0 only.
-    """
-    num_tokens, context = engine.max_num_batched_tokens, min(max_model_len, PROFILE_CONTEXT)
-    num_seqs = min(engine.max_num_seqs, num_tokens)
-    counts = np.ones(num_seqs, dtype=np.int32)
-    for i in range(num_seqs):  # a few long chunks need more room than many short ones
-        counts[i] += min(context - 1, num_tokens - int(counts.sum()))
-    batch = Batch.empty(int(counts.sum()), num_seqs, -(-context // engine.block_size), num_seqs)
-    batch.cu_seqlens_q[:] = np.concatenate([[0], np.cumsum(counts)])
-    batch.context_lens[:] = context
-    batch.positions[:] = np.concatenate([np.arange(context - count, context) for count in counts])
-    batch.slot_mapping[:] = -1
-    batch.sample_rows[:] = batch.cu_seqlens_q[1:] - 1
-    batch.temperature[:], batch.top_p[:], batch.min_p[:], batch.top_k[:] = 1.0, 0.9, 0.1, 10
-    batch.repetition_penalty[:], batch.presence_penalty[:], batch.frequency_penalty[:] = 1.1, 0.1, 0.1
-    batch.sample_seqs[:] = batch.sample_slots[:] = np.arange(num_seqs)
-    batch.num_logprobs[:] = 0
-    for zeros in (batch.token_ids, batch.block_tables, batch.seeds, batch.sample_positions, batch.prompt_lens):
-        zeros[:] = 0
-    return batch
-
-
-def _least_of_all_ranks(value: int, parallel: TensorParallel) -> int:
-    if parallel.size == 1:
-        return value
-    least = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=parallel.host_group)
-    return int(least)
-
-
-def _memory_in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{gib(free)} of {gib(total)} free on {device}"
-    return f"{gib(available_memory())} free on the host"
