@@ -24,7 +24,7 @@ def show(found: Mapping[str, Any]) -> None:
         _print(title(name, workload), list(rows(workload)))
         print(verdict(name, workload, found["conditions"]["gpus"] > 0), end="")
     for side, why in found["failures"].items():
-        print(f"{side}: failed: {why}")
+        print(f"{side}: no figures: {why}")
     print(json.dumps(found), flush=True)
 
 
@@ -34,7 +34,8 @@ def facts(found: Mapping[str, Any]) -> list[str]:
     commit = [f"commit {where['commit'][:12]}"] if where["commit"] else []
     made = [f"torch {where['torch']}", f"batchinfer {where['batchinfer']}", *commit]
     made += [f"{peer} {where[peer]}" for peer in ("transformers", "vllm") if peer in where]
-    model = f"{where['architecture']}, {where['parameters']:,} parameters, {where['weights']} weights, {where['dtype']}"
+    weights = "random weights" if where["weights"] == "random" else f"weights of {where['weights']}"
+    model = f"{where['architecture']}, {where['parameters']:,} parameters, {weights}, {where['dtype']}"
     return [
         f"device:    {', '.join(_device(where))}",
         f"software:  {', '.join(made)}",
