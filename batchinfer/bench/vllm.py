@@ -17,8 +17,13 @@ from batchinfer.bench.workloads import BenchRequest, Workload
 from batchinfer.worker.replica import process_age
 
 SIDE = "vllm"
-# One process where one is enough, and nothing asked of the network.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+# One process where one is enough, nothing asked of the network, and no sampler that is compiled on the spot: all is greedy.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 
 
 def load(task: Task, workloads: Sequence[Workload]) -> Any:
