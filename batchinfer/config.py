@@ -136,13 +136,18 @@ class EngineConfig:
     """How the engine uses its GPU. None of it changes a completion beyond rounding."""
 
     block_size: int = _key(16, THROUGHPUT, "tokens in a block of the KV cache", minimum=1)
-    max_num_seqs: int = _key(256, THROUGHPUT, "sequences running at once", minimum=1)
+    max_num_seqs: int = _key(512, THROUGHPUT, "sequences running at once", minimum=1)
     max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
     prefix_caching: bool = _key(True, THROUGHPUT, "share the KV of equal prompt beginnings")
-    cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
+    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured decode steps (on a GPU, where its kernels attend)")
     overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
-    attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))
+    attention_backend: str = _key(
+        "auto",
+        THROUGHPUT,
+        "auto: kernels on a GPU; reference: plain torch for everything; fused_softmax: scores in memory and one kernel over them",
+        choices=("auto", "reference", "fused_softmax"),
+    )
     stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
 
 
@@ -244,11 +249,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-<<<<<<< HEAD
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-=======
     bench: BenchConfig = field(default_factory=BenchConfig)
->>>>>>> h-bench
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested as the YAML is: `from_dict(config.to_dict()) == config`."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
@@ -29,7 +29,7 @@ LAYERS = {
     "ops.fused_softmax_attention ops.sampling values config publish data.results engine.sequence model.config "
     "model.rope_config model.fields job.rundir job.process facts checks hardware timeline data.schema ops.precision "
     "ops.reference ops.reference_attention ops.reference_penalties ops.reference_sampling ops.reference_logprobs "
-    "ops.linear ops.reference_linear bench.workloads bench.floor",
+    "ops.skinny ops.reference_linear bench.workloads bench.floor",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
 }

@@ -132,7 +132,9 @@ class Engine:
         step = self.in_flight or self._draw(self._launch())
         assert step is not None and step.drawn is not None, "step() without work"
         following = self._launch() if self.overlap else None
-        outputs = self._collect(step, step.drawn.result())
+        result = step.drawn.result()
+        step.stats.graph = result.graph
+        outputs = self._collect(step, result)
         self.in_flight = self._draw(following)
         step.stats.duration_s = time.monotonic() - begin
         if not self.has_work():

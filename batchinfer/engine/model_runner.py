@@ -17,8 +17,10 @@ import torch
 
 from batchinfer import ops
 from batchinfer.config import Config, EngineConfig
-from batchinfer.engine.batch import Batch, BatchArrays
+from batchinfer.engine.batch import Batch, BatchArrays, to_device
 from batchinfer.engine.channel import BatchChannel, open_channel
+from batchinfer.engine.cuda_graphs import CudaGraphs, graph_sizes
+from batchinfer.engine.inputs import InputPacker, ModelInputs, PackedInputs
 from batchinfer.engine.kv_memory import measure_kv_blocks, memory_in_words, require_fit
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import TokenMask, sample_tokens
@@ -39,6 +41,7 @@ class Forward:
     """A batch whose forward pass is launched."""
 
     step: BatchArrays[torch.Tensor]  # the batch on the device
+    graph: bool  # whether it was the replay of a captured one
     logits: torch.Tensor | None  # [N, vocab_size]; None: no sequence draws a token
     prompt_logprobs: ops.LogProbabilities | None  # of the batch's prompt positions; None: nobody asked
 
@@ -52,13 +55,14 @@ class Drawn:
     logprobs: ops.LogProbabilities | None  # of the rows that asked
     prompt_logprobs: ops.LogProbabilities | None
     arrived: torch.cuda.Event | None  # None: it was drawn on the host
+    graph: bool
 
     def result(self) -> StepResult:
         """Waits until the device has drawn the tokens."""
         if self.arrived is not None:
             self.arrived.synchronize()
         logprobs = None if self.logprobs is None else self._logprobs(self.logprobs)
-        return StepResult(self.token_ids.tolist(), logprobs, self._prompt_logprobs())
+        return StepResult(self.token_ids.tolist(), logprobs, self._prompt_logprobs(), self.graph)
 
     def _logprobs(self, told: ops.LogProbabilities) -> list[TokenLogprobs | None]:
         """For each of the N rows."""
@@ -108,7 +112,27 @@ class ModelRunner:
         keys, values = self.kv_cache.transpose(3, 4)
         self.kv_caches = list(zip(keys, values, strict=True))
         self.token_cache = zeros((num_blocks * engine.block_size + 1,), torch.int32, device)  # the last place is slot -1's
+        self.packer: InputPacker | None = None  # None: attention is not the kernels' (or there is no GPU), and needs no plan
+        self.graphs: CudaGraphs | None = None
+        if ops.attention_takes(self.kv_caches[0][0], shape.num_heads // shape.num_kv_heads):
+            windows = dict.fromkeys(shape.window_of(layer) for layer in range(shape.num_layers))
+            self.packer = InputPacker(windows, self._attention_shape(engine), max_model_len)
         self.last_tokens = torch.zeros(engine.max_num_seqs, dtype=torch.int32, device=device)  # by sample slot
+
+    def _attention_shape(self, engine: EngineConfig) -> ops.AttentionShape:
+        local = self.shape.local_sizes(self.parallel.size)
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return ops.AttentionShape(engine.block_size, local.num_heads, local.num_kv_heads, multiprocessors)
+
+    @torch.inference_mode()
+    def capture_graphs(self, engine: EngineConfig) -> None:
+        """Capture decode steps, where kernels that can be captured compute them."""
+        if not engine.cuda_graphs or self.packer is None:
+            return
+        graphs = CudaGraphs(self._compute_packed, self.packer, self.device)
+        max_blocks = -(-self.max_model_len // engine.block_size)
+        graphs.capture(graph_sizes(engine.max_num_seqs), engine.max_num_seqs * max_blocks)
+        self.graphs = graphs
 
     def share(self, batch: Batch) -> None:
         """Rank 0: hand the batch to the other ranks, which are waiting in `receive`."""
@@ -128,21 +152,34 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Forward:
         """Launch the forward pass: writes the keys and values of the batch's tokens into the cache. Every rank."""
         step = batch.to_tensors(self.device)
-        token_ids = step.token_ids
-        if batch.num_fed:
-            fed = self.last_tokens[(-1 - token_ids).clamp(min=0)]
-            token_ids = torch.where(token_ids < 0, fed, token_ids)
-        self.token_cache[step.slot_mapping] = token_ids
-        attention = AttentionInputs(
-            slot_mapping=step.slot_mapping,
-            block_tables=step.block_tables,
-            cu_seqlens_q=step.cu_seqlens_q,
-            context_lens=step.context_lens,
-        )
-        hidden = self.model(token_ids, step.positions, attention, self.kv_caches)
-        # Every rank: they gather the vocabulary.
-        logits = self.model.logits(hidden.index_select(0, step.sample_rows)) if batch.num_samples else None
-        return Forward(step, logits, self._prompt_logprobs(batch, step, hidden))
+        decode_only = batch.num_tokens == len(batch.context_lens)
+        size = self.graphs.size_for(batch.num_tokens) if self.graphs and decode_only else None
+        hidden = self._hidden(batch, step, size)
+        logits = None
+        if batch.num_samples:  # every rank: they gather the vocabulary
+            rows = hidden if batch.num_samples == batch.num_tokens else hidden.index_select(0, step.sample_rows)
+            logits = self.model.logits(rows)
+        return Forward(step, size is not None, logits, self._prompt_logprobs(batch, step, hidden))
+
+    def _hidden(self, batch: Batch, step: BatchArrays[torch.Tensor], size: int | None) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of the batch's tokens, by the graph of `size` tokens if there is one."""
+        if self.packer is None:
+            attention = AttentionInputs(step.slot_mapping, step.block_tables, step.cu_seqlens_q, step.context_lens)
+            return self._compute(ModelInputs(step.token_ids, step.positions, attention))
+        packed = self.packer.pack(batch, size)
+        if size is not None and self.graphs is not None:
+            return self.graphs.replay(packed, batch.num_tokens)
+        return self._compute_packed(packed, to_device(packed.buffer, self.device))
+
+    def _compute_packed(self, packed: PackedInputs, flat: torch.Tensor) -> torch.Tensor:
+        local = self.shape.local_sizes(self.parallel.size)
+        return self._compute(packed.over(flat, local.num_heads, self.shape.head_dim))
+
+    def _compute(self, inputs: ModelInputs) -> torch.Tensor:
+        """Launch the model, kernel by kernel."""
+        token_ids = ops.feed_tokens(inputs.token_ids, self.last_tokens, inputs.attention.slot_mapping, self.token_cache)
+        hidden: torch.Tensor = self.model(token_ids, inputs.positions, inputs.attention, self.kv_caches)
+        return hidden
 
     def _prompt_logprobs(
         self, batch: Batch, step: BatchArrays[torch.Tensor], hidden: torch.Tensor
@@ -173,7 +210,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
-        return Drawn(batch, on_host, told, prompt_told, arrived)
+        return Drawn(batch, on_host, told, prompt_told, arrived, forward.graph)
 
     @torch.inference_mode()
     def follow(self, batch: Batch) -> None:
@@ -213,6 +250,7 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     max_model_len = max_model_len_of(config.model, shape)
     dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
     dtype = getattr(torch, dtype_name)
+    ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
     with require_fit(f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights", device):
         model = Decoder(shape, parallel, dtype, device, max_model_len)
@@ -232,5 +270,7 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
         gib(runner.kv_cache.nbytes),
         memory_in_words(device),
     )
-    runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
+    measured = time.monotonic()
+    runner.capture_graphs(config.engine)
+    runner.phases = {"load": loaded - begin, "kv": measured - loaded, "graphs": time.monotonic() - measured}
     return runner

@@ -86,6 +86,12 @@ class PlanCapacity:
         )
         return cls(rows, counts)
 
+    def without_tiles(self) -> PlanCapacity:
+        """The same for batches that share no prefixes: `for_rows` without them."""
+        cut = self.counts.segments > self.rows
+        slots, combine_rows = (self.counts.segments, self.rows) if cut else (0, 0)
+        return PlanCapacity(self.rows, self.counts._replace(tiles=0, tile_rows=0, slots=slots, combine_rows=combine_rows))
+
     @property
     def tile_slots(self) -> int:
         """Slots that are left when every segment has one."""
@@ -142,12 +148,15 @@ def plan_attention(
     """The plan of a batch as `ops.paged_attention` takes it, made from its index arrays on the host.
 
     cu_seqlens_q [S + 1], context_lens [S], block_tables [S, B], all int32.
-    With a capacity the batch must consist of rows of one query token that it was made for, and the plan has its sizes.
+    With a capacity the batch must consist of rows of one query token that it was made for, and the plan has its sizes, or those
+    of `capacity.without_tiles()` where no prefix is shared.
     """
     rows = Rows.of(cu_seqlens_q, context_lens)
     prefill = prefill_tiles(cu_seqlens_q, context_lens, shape)
     assert capacity is None or not len(prefill.items), "a plan of fixed size is for rows of one query token"
     groups, covered = _worthwhile_groups(rows, block_tables, shape, capacity)
+    if capacity is not None and not groups:
+        capacity = capacity.without_tiles()
     tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape))
     tiles = tiles.cut(shape, capacity.counts.tiles if capacity else None, capacity.tile_slots if capacity else 0)
     begins = covered * shape.block_size
@@ -156,6 +165,13 @@ def plan_attention(
     num_rows = capacity.rows if capacity else len(rows.token_rows)
     pieces = cut_rows(rows, begins, shape, num_rows, partial=covered > 0)
     return _assemble(tiles, pieces, shape, capacity, num_rows)
+
+
+def empty_plan(capacity: PlanCapacity, shape: AttentionShape) -> AttentionPlan:
+    """A plan of these sizes that has nothing to do."""
+    none = np.zeros(0, dtype=np.int32)
+    pieces = Pieces(none, none, none, none, none, none.astype(np.bool_))
+    return _assemble(Tiles(none.reshape(0, FIELDS), none), pieces, shape, capacity, capacity.rows)
 
 
 def _worthwhile_groups(

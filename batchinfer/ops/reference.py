@@ -23,13 +23,10 @@ __all__ = [
     "LogProbabilities",
     "apply_penalties",
     "apply_token_bitmask",
-<<<<<<< HEAD
+    "draw",
     "embedding",
     "feed_tokens",
-=======
-    "draw",
     "greedy",
->>>>>>> h-sampling
     "log_probabilities",
     "paged_attention",
     "rms_norm",

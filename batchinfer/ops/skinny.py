@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchinfer.ops.elementwise import rms_norm, silu_and_mul
 from batchinfer.ops.library import load_kernels
-from batchinfer.ops.reference import silu_and_mul
-from batchinfer.ops.reference_linear import _norm as norm
 
 MAX_ROWS = 16  # above, cuBLAS is as near to the memory's rate
 MAX_NORM_ROWS = 4  # every block norms all rows for itself
@@ -52,6 +51,13 @@ def norm_linear_silu(
     normed, residual = norm(x, residual, norm_weight, eps)
     _launch(out, normed, weight, bias, silu=True)
     return out, residual
+
+
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` with or without a residual; the new one is x where there was none."""
+    if residual is None:
+        return rms_norm(x, weight, eps), x  # type: ignore[return-value]  # a tensor, since no residual was given
+    return rms_norm(x, weight, eps, residual)  # type: ignore[return-value]  # a pair, since one was
 
 
 def is_skinny(x: Tensor, weight: Tensor) -> bool:
