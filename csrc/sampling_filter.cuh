@@ -22,53 +22,93 @@ struct Border {
 
 __device__ __forceinline__ uint32_t magnitude_of(float score) { return __float_as_uint(score) & kAnyMagnitude; }
 
-// exp(-magnitude) in units of 2^-44: what is lost could not be drawn anyway, and 2^18 tokens of the highest fit.
-__device__ __forceinline__ Wide mass_of(uint32_t magnitude) {
-  const uint32_t bits = __float_as_uint(expf(-__uint_as_float(magnitude)));
-  const uint32_t exponent = bits >> 23, shift = 127 - exponent;
-  return Wide((bits & 0x7fffffu) | 0x800000u) << 21 >> (shift < 63 ? shift : 63);
-}
+// The first pass over magnitudes looks at octaves: up to 1/4, six of them, from 16 on.
+__device__ __forceinline__ int octave_of(uint32_t magnitude) { return min(max(int(magnitude >> 23) - 124, 0), kBins - 1); }
+__device__ __forceinline__ uint32_t first_of_octave(int octave) { return octave == 0 ? 0 : uint32_t(octave + 124) << 23; }
 
-// What a search is left with: the first key at which the sum reaches the target, the sum before it, and its own.
+// What a token weighs in a search: one, or its probability.
+struct One {
+  __device__ __forceinline__ uint32_t operator()(uint32_t, int) const { return 1; }
+  __device__ __forceinline__ int shift(int) const { return 0; }
+};
+
+// exp(-magnitude) in units of 2^-44 << shift(octave). The units are coarser in octaves where it is large, so that the sum over a
+// thread's tokens of an octave (1023 at most) has room in 32 bits; the highest of an octave has some 22.
+struct Mass {
+  static constexpr int kBits = 44;
+  __device__ __forceinline__ uint32_t operator()(uint32_t magnitude, int octave) const {
+    const float scale = __int_as_float((127 + kBits - shift(octave)) << 23);
+    return __float2uint_rn(exp2f(__uint_as_float(magnitude) * -1.44269504f) * scale);
+  }
+  __device__ __forceinline__ int shift(int octave) const { return int(0x010b111415161616ull >> (8 * octave)) & 0xff; }
+};
+
+// What a row asks for.
+struct Limits {
+  int top_k;
+  bool cuts_mass;  // by top_p
+  float top_p, min_p;
+};
+
+// What a search is left with: the first key at which the sum reaches the target, the sum before it and at it, and of one token.
 struct Found {
   uint32_t key;
-  Wide before, at, target;
+  Wide before, at, target, weight;
 };
+
+// sum += x if a == b, in a predicated instruction: the compiler would select between x and 0 first.
+__device__ __forceinline__ void add_if_equal(int a, int b, uint32_t& sum, uint32_t x) {
+  asm("{\n.reg .pred p;\nsetp.eq.s32 p, %2, %3;\n@p add.u32 %0, %0, %1;\n}" : "+r"(sum) : "r"(x), "r"(a), "r"(b));
+}
 
 template <typename T>
 class Search {
  public:
-  __device__ Search(const Slice<T>& slice, float max, float heat, Cluster& cluster, uint32_t* memory, int room)
-      : slice_(slice), max_(max), heat_(heat), cluster_(cluster), column_(memory + threadIdx.x), room_(room) {}
+  __device__ Search(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room)
+      : slice_(slice), scores_(scores), cluster_(cluster), column_(memory + threadIdx.x), room_(room) {}
 
-  // The border of a row of `size` tokens; likeliest: the token with score 0, which stays in any case.
-  __device__ Border border(int top_k, bool cuts_mass, float top_p, float min_p, int size, int likeliest) {
+  // likeliest: the token with score 0, which stays in any case.
+  __device__ Border border(const Limits& limits, int likeliest) {
     Border border = {kAnyMagnitude, kAnyToken};
-    if (top_k > 0 && top_k < size) border.magnitude = kth_magnitude(top_k);
-    if (cuts_mass) border = border_of_mass(border.magnitude, top_p);
-    if (min_p > 0) border = nearer(border, {least_likely(min_p), kAnyToken});
+    if (limits.top_k > 0 && limits.top_k < slice_.size) border.magnitude = kth_magnitude(limits.top_k);
+    if (limits.cuts_mass) border = border_of_mass(border.magnitude, limits.top_p);
+    if (limits.min_p > 0) border = nearer(border, {least_likely(limits.min_p), kAnyToken});
     return border.admits(0, likeliest) ? border : Border{0, likeliest};
+  }
+
+  // The border of the k likeliest tokens, exactly: of equals at the border the lower ids are in. In the order of ~ordered(logit).
+  __device__ Border likeliest(int k) {
+    const auto all = [](float logit, int, uint32_t& key) { return key = ~ordered(logit), true; };
+    const Found found = find<false>(all, One(), 0xffffffffu, [k](Wide) { return Wide(k); });
+    return {found.key, last_of_equals([found](float logit) { return ~ordered(logit) == found.key; }, found)};
   }
 
  private:
   __device__ static Border nearer(Border a, Border b) { return b.admits(a.magnitude, a.token) ? a : b; }
 
+  __device__ uint32_t magnitude(float logit) const { return magnitude_of(scores_(logit)); }
+
   __device__ uint32_t kth_magnitude(int k) {
-    const auto all = [](uint32_t magnitude, int, uint32_t& key) { return key = magnitude, true; };
-    return find(all, [](uint32_t) { return Wide(1); }, [k](Wide) { return Wide(k); }, 0).key;
+    const auto all = [this](float logit, int, uint32_t& key) { return key = magnitude(logit), true; };
+    return find<true>(all, One(), kAnyMagnitude, [k](Wide) { return Wide(k); }).key;
   }
 
   // The last token before which less than top_p of the mass of the magnitudes up to `limit` lies.
   __device__ Border border_of_mass(uint32_t limit, float top_p) {
-    const auto left = [limit](uint32_t magnitude, int, uint32_t& key) { return key = magnitude, magnitude <= limit; };
+    const auto left = [this, limit](float logit, int, uint32_t& key) { return key = magnitude(logit), key <= limit; };
     const auto target = [top_p](Wide total) { return Wide(fmax(1.0, ceil(double(top_p) * double(total)))); };
-    const Found found = find(left, mass_of, target, 0);
-    const Wide each = mass_of(found.key), equals = found.at / (each > 0 ? each : 1);
-    const Wide needed = (found.target - found.before + each - 1) / (each > 0 ? each : 1);
-    if (needed >= equals) return {found.key, kAnyToken};
-    const auto equal = [found](uint32_t magnitude, int token, uint32_t& key) { return key = token, magnitude == found.key; };
-    const int bits = 32 - __clz(slice_.size);
-    return {found.key, int(find(equal, [](uint32_t) { return Wide(1); }, [needed](Wide) { return needed; }, bits).key)};
+    const Found found = find<true>(left, Mass(), kAnyMagnitude, target);
+    const auto equal = [this, found](float logit) { return magnitude(logit) == found.key; };
+    return {found.key, last_of_equals(equal, found)};
+  }
+
+  // The last token that stays of those equal at the key found.
+  template <typename Equal>
+  __device__ int last_of_equals(Equal equal, const Found& found) {
+    const Wide weight = found.weight > 0 ? found.weight : 1, needed = (found.target - found.before + weight - 1) / weight;
+    if (needed >= found.at / weight) return kAnyToken;
+    const auto select = [equal](float logit, int token, uint32_t& key) { return key = token, equal(logit); };
+    return int(find<false>(select, One(), slice_.size - 1, [needed](Wide) { return needed; }).key);
   }
 
   // The largest magnitude whose probability is min_p of the highest, or more, as float32 has it. 0 if there is none.
@@ -81,41 +121,49 @@ class Search {
     return good;
   }
 
-  // select(magnitude, token, key) says whether a token takes part, and with which key. bits: of the keys; 0: they are magnitudes.
-  template <typename Select, typename Weigh, typename Target>
-  __device__ Found find(Select select, Weigh weigh, Target target_of, int bits) {
-    const bool magnitudes = bits == 0;
-    uint32_t low = 0, high = magnitudes ? kAnyMagnitude : (1u << bits) - 1;
-    int shift = bits > 3 ? bits - 3 : 0;
-    bool octaves = magnitudes;  // the first pass over magnitudes: up to 1/4, six octaves, from 16 on
-    Found found = {0, 0, 0, 0};
-    if (room_ > 0) gather(select);
+  // The first key, at most `high`, at which the sum of weights reaches target_of(sum of all weights). select(logit, token, key)
+  // says whether a token takes part, and with which key.
+  template <bool kMagnitudes, typename Select, typename Weigh, typename Target>
+  __device__ Found find(Select select, Weigh weigh, uint32_t high, Target target_of) {
+    uint32_t low = 0;
+    int octave = 0;
+    Found found = {};
     for (bool first = true;; first = false) {
-      Wide sums[kParts] = {};
-      each(select, [&](uint32_t key) {
-        if (key < low || key > high) return;
-        const int bin = octaves ? min(max(int(key >> 23) - 124, 0), 7) : int((key - low) >> shift);
-        const Wide weight = weigh(key);
+      const bool octaves = kMagnitudes && first;
+      const int shift = max(0, 29 - __clz(high - low));  // eight bins
+      uint32_t sums[kBins] = {}, highest = 0, lowest = 0;  // lowest: its complement
+      const auto visit = [&](uint32_t key) {
+        if (key < low || key > high) return false;
+        const int bin = octaves ? octave_of(key) : int((key - low) >> shift);
+        const uint32_t weight = weigh(key, octaves ? bin : octave);
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) sums[i] += i == bin ? weight : 0;
-      });
-      const Wide sum = cluster_.sum(sums);
-      const int bin = choose(sum, first, target_of, found);
+        for (int i = 0; i < kBins; ++i) add_if_equal(bin, i, sums[i], weight);
+        highest = max(highest, key), lowest = max(lowest, ~key);
+        return true;
+      };
+      if (room_ == 0)
+        each_of_row(select, [&](uint32_t key) { visit(key); });
+      else if (first)
+        gather(select, visit);
+      else
+        compact(visit);
+      Wide bins[kBins];
+#pragma unroll
+      for (int i = 0; i < kBins; ++i) bins[i] = Wide(sums[i]) << weigh.shift(octaves ? i : octave);
+      const Wide told = cluster_.sum(bins, highest, lowest);
+      highest = uint32_t(__shfl_sync(kAllLanes, told, kBins)), lowest = ~uint32_t(__shfl_sync(kAllLanes, told, kBins + 1));
+      const int bin = choose(told, first, target_of, found);
       if (octaves) {
-        low = bin == 0 ? 0 : uint32_t(bin + 124) << 23;
-        high = bin == 7 ? kAnyMagnitude : (uint32_t(bin + 125) << 23) - 1;
-        bits = bin == 0 || bin == 7 ? 30 : 23;
-        octaves = false;
+        octave = bin;
+        low = first_of_octave(bin), high = bin == kBins - 1 ? kAnyMagnitude : first_of_octave(bin + 1) - 1;
       } else {
-        low += uint32_t(bin) << shift;
-        high = low + (1u << shift) - 1;
-        bits = shift;
+        low += uint32_t(bin) << shift, high = min(high, low + ((1u << shift) - 1));
       }
-      if (bits == 0) break;
-      shift = bits > 3 ? bits - 3 : 0;
-      if (room_ > 0) compact(low, high);
+      low = max(low, lowest), high = min(high, highest);
+      if (low >= high) break;  // a single key is left
     }
     found.key = low;
+    found.weight = Wide(weigh(low, octave)) << weigh.shift(octave);
     return found;
   }
 
@@ -124,26 +172,16 @@ class Search {
   __device__ static int choose(Wide sum, bool first, Target target_of, Found& found) {
     Wide upto = sum;
 #pragma unroll
-    for (int offset = 1; offset < kParts; offset *= 2) {
-      const Wide lower = __shfl_up_sync(kAllLanes, upto, offset, kParts);
-      if (int(threadIdx.x % kParts) >= offset) upto += lower;
+    for (int offset = 1; offset < kBins; offset *= 2) {
+      const Wide lower = __shfl_up_sync(kAllLanes, upto, offset, kBins);
+      if (int(threadIdx.x % kBins) >= offset) upto += lower;
     }
-    if (first) found.target = target_of(__shfl_sync(kAllLanes, upto, kParts - 1));
+    if (first) found.target = target_of(__shfl_sync(kAllLanes, upto, kBins - 1));
     const unsigned reached = __ballot_sync(kAllLanes, found.before + upto >= found.target) & 0xffu;
-    const int bin = reached ? __ffs(reached) - 1 : kParts - 1;
+    const int bin = reached ? __ffs(reached) - 1 : kBins - 1;
     found.at = __shfl_sync(kAllLanes, sum, bin);
     found.before += __shfl_sync(kAllLanes, upto - sum, bin);
     return bin;
-  }
-
-  // body(key) for every token of this thread that is still in question, and perhaps for others.
-  template <typename Select, typename Body>
-  __device__ void each(Select select, Body body) const {
-    if (room_ > 0) {
-      for (int i = 0; i < count_; ++i) body(column_[i * kSampleThreads]);
-      return;
-    }
-    each_of_row(select, body);
   }
 
   template <typename Select, typename Body>
@@ -153,32 +191,43 @@ class Search {
 #pragma unroll
       for (int i = 0; i < Slice<T>::kSize; ++i) {
         uint32_t key;
-        const uint32_t magnitude = magnitude_of(__fdiv_rn(v[i] - max_, heat_));
-        if (token + i < slice_.end && select(magnitude, token + i, key)) body(key);
+        if (token + i < slice_.end && select(v[i], token + i, key)) body(key);
       }
     }
   }
 
-  template <typename Select>
-  __device__ void gather(Select select) {
+  template <typename Select, typename Visit>
+  __device__ void gather(Select select, Visit visit) {
     count_ = 0;
-    each_of_row(select, [&](uint32_t key) { column_[count_++ * kSampleThreads] = key; });
+    each_of_row(select, [&](uint32_t key) {
+      visit(key);
+      column_[count_++ * kSampleThreads] = key;
+    });
   }
 
-  __device__ void compact(uint32_t low, uint32_t high) {
+  // Visits what is in the column, and keeps what is still in question.
+  template <typename Visit>
+  __device__ void compact(Visit visit) {
     int kept = 0;
     for (int i = 0; i < count_; ++i) {
       const uint32_t key = column_[i * kSampleThreads];
-      if (key >= low && key <= high) column_[kept++ * kSampleThreads] = key;
+      if (visit(key)) column_[kept++ * kSampleThreads] = key;
     }
     count_ = kept;
   }
 
   const Slice<T>& slice_;
-  const float max_, heat_;
+  const Scores scores_;
   Cluster& cluster_;
   uint32_t* column_;  // this thread's: every kSampleThreads-th word
   int room_, count_ = 0;
 };
+
+// A call of its own, so that what the caller holds does not crowd the search's registers, nor the other way round.
+template <typename T>
+__device__ __noinline__ Border border_of(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room,
+                                         const Limits& limits, int likeliest) {
+  return Search<T>(slice, scores, cluster, memory, room).border(limits, likeliest);
+}
 
 }  // namespace batchinfer

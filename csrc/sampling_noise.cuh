@@ -8,16 +8,21 @@ namespace batchinfer {
 constexpr float kMostNoise = 22.88f;   // -log(-log u) is below it for every u = (word + 0.5) / 2^32
 constexpr float kLeastNoise = -3.14f;  // and above this
 
+// Low and high word of a product. (Of 64-bit factors the compiler makes longer code.)
+__device__ __forceinline__ uint2 multiply(uint32_t a, uint32_t b) {
+  uint2 p;
+  asm("{\n.reg .u64 p;\nmul.wide.u32 p, %2, %3;\nmov.b64 {%0, %1}, p;\n}" : "=r"(p.x), "=r"(p.y) : "r"(a), "r"(b));
+  return p;
+}
+
 // Words for tokens 4 * group ... 4 * group + 3: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of counter (group, position, 0, 0).
-__device__ __forceinline__ uint4 random_words(uint32_t group, uint32_t position, uint64_t seed) {
+__device__ __forceinline__ uint4 random_words(uint32_t group, uint32_t position, uint2 seed) {
   uint4 c = {group, position, 0, 0};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = uint64_t(c.x) * 0xD2511F53u, second = uint64_t(c.z) * 0xCD9E8D57u;
-    c = {uint32_t(second >> 32) ^ c.y ^ k0, uint32_t(second), uint32_t(first >> 32) ^ c.w ^ k1, uint32_t(first)};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (uint32_t round = 0; round < 10; ++round) {
+    const uint2 first = multiply(c.x, 0xD2511F53u), second = multiply(c.z, 0xCD9E8D57u);
+    const uint32_t k0 = seed.x + round * 0x9E3779B9u, k1 = seed.y + round * 0xBB67AE85u;
+    c = {second.y ^ c.y ^ k0, second.x, first.y ^ c.w ^ k1, first.x};
   }
   return c;
 }
@@ -30,9 +35,13 @@ __device__ __forceinline__ float gumbel_noise(uint32_t word) {
   return -logf(word < 0x80000000u ? -logf(u) : -log1pf(-rest));
 }
 
-// A cheap bound from above, some 1e-5 at fault: -log u > 1 - u. Infinite for the last words.
+// Cheap bounds from above and below, some 1e-5 at fault: v < -log(1 - v), which is below v * (1 + v) up to v = 0.6.
 __device__ __forceinline__ float most_noise(uint32_t word) {
-  return -__logf(__uint2float_rd(~word) * (1.0f / 4294967296.0f));
+  return -__logf(__uint2float_rd(~word) * (1.0f / 4294967296.0f));  // infinite for the last words
+}
+__device__ __forceinline__ float least_noise(uint32_t word) {
+  const float rest = (__uint2float_ru(~word) + 1.0f) * (1.0f / 4294967296.0f);
+  return rest < 0.6f ? -__logf(fmaf(rest, rest, rest)) : kLeastNoise;
 }
 
 }  // namespace batchinfer

@@ -15,7 +15,8 @@ using Wide = unsigned long long;
 constexpr int kSampleThreads = 512;
 constexpr int kSampleWarps = kSampleThreads / kWarp;
 constexpr int kMaxSplits = 8;
-constexpr int kParts = 8;  // numbers told at once
+constexpr int kBins = 8;
+constexpr int kParts = 16;  // numbers told at once: sums for the bins, two maxima, and room
 
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float m;
@@ -35,7 +36,7 @@ struct Packed {
   }
 
   // `count` elements, then -inf.
-  __device__ static Packed load_part(const T* from, int count) {
+  __device__ __noinline__ static Packed load_part(const T* from, int count) {
     Packed v = {};
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -90,6 +91,24 @@ struct Slice {
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kSize; }
 };
 
+template <typename T>
+__device__ __forceinline__ Slice<T> slice_of(const T* logits, int64_t stride, int size, int row, int split, int splits) {
+  constexpr int kSize = Packed<T>::kSize;
+  const int share = (size + splits * kSize - 1) / (splits * kSize) * kSize;
+  const T* begin = logits + row * stride;
+  return {begin, min(split * share, size), min((split + 1) * share, size), size, reinterpret_cast<uintptr_t>(begin) % 16 == 0};
+}
+
+// (logit - highest) / temperature. The quotient is mended by what it misses (Markstein 1990), which rounds as a division does.
+struct Scores {
+  float max, heat, inverse;  // inverse: 1 / heat
+
+  __device__ __forceinline__ float operator()(float logit) const {
+    const float gap = logit - max, quotient = gap * inverse;
+    return quotient == -INFINITY ? quotient : fmaf(fmaf(-quotient, heat, gap), inverse, quotient);
+  }
+};
+
 // Float32 as unsigned integers of the same order, -0 beside 0; NaN is above all.
 __device__ __forceinline__ uint32_t ordered(float x) {
   if (x != x) return 0xffffffffu;
@@ -104,6 +123,32 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
 __device__ __forceinline__ Wide pack(float x, int token) { return Wide(ordered(x)) << 32 | uint32_t(~token); }
 __device__ __forceinline__ float packed_number(Wide key) { return from_ordered(uint32_t(key >> 32)); }
 __device__ __forceinline__ int packed_token(Wide key) { return int(~uint32_t(key)); }
+
+// The highest of a thread's logits with its token. kInFlight: loads of 16 bytes that are under way at once.
+template <int kInFlight = 4, typename T>
+__device__ __forceinline__ Wide highest_of_thread(const Slice<T>& slice) {
+  float best = -INFINITY;
+  Packed<T> held;
+  int held_first = -1;
+  for (int first = slice.first_of_thread(); first < slice.end; first += kInFlight * Slice<T>::kStep) {
+    Packed<T> v[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) v[i] = slice.load(first + i * Slice<T>::kStep);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const float m = v[i].highest();
+      if (!(m <= best) && best == best) best = m, held = v[i], held_first = first + i * Slice<T>::kStep;
+    }
+  }
+  if (held_first < 0) return slice.first_of_thread() < slice.end ? pack(-INFINITY, slice.first_of_thread()) : 0;
+  int at = 0;
+#pragma unroll
+  for (int i = Slice<T>::kSize - 1; i >= 0; --i) {
+    const float x = held[i];
+    if (x == best || x != x) at = i;
+  }
+  return pack(best, held_first + at);
+}
 
 struct Exchange {
   Wide warps[kSampleWarps][kParts];
@@ -127,6 +172,29 @@ class Cluster {
 
   __device__ int rank() const { return rank_; }
 
+  // The next free place of a list in block 0, whose length lies there in `length`, gets `key`.
+  __device__ void append(uint32_t* length, Wide* list, Wide key) const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      uint32_t place;
+      asm volatile("atom.shared::cluster.add.u32 %0, [%1], 1;" : "=r"(place) : "r"(address_in(0, length)) : "memory");
+      tell(0, list + place, key);
+      return;
+    }
+#endif
+    list[atomicAdd(length, 1u)] = key;
+  }
+
+  __device__ void barrier() const {
+#if __CUDA_ARCH__ >= 900
+    if (size_ > 1) {
+      asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+
   // The highest `key` of the cluster's threads.
   __device__ Wide max(Wide key) {
 #pragma unroll
@@ -134,28 +202,32 @@ class Cluster {
     return exchange(key, [](Wide a, Wide b) { return larger(a, b); });
   }
 
-  // Lane l gets the sum of parts[l % 8] over the cluster's threads. Integers, so it does not depend on their order.
-  __device__ Wide sum(Wide (&parts)[kParts]) {
+  // Lane i < 8 gets the sum of bins[i] over the cluster's threads, lanes 8 and 9 the maxima of `first` and `second`. Integers, so
+  // nothing depends on their order.
+  __device__ Wide sum(Wide (&bins)[kBins], uint32_t first = 0, uint32_t second = 0) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int half = kParts / 2; half > 0; half /= 2) {  // lanes halve what they hold: afterwards one part each
+    for (int half = kBins / 2; half > 0; half /= 2) {  // lanes halve what they hold: afterwards one bin each
       const bool upper = lane & half;
 #pragma unroll
       for (int i = 0; i < half; ++i) {
-        const Wide kept = upper ? parts[i + half] : parts[i], given = upper ? parts[i] : parts[i + half];
-        parts[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
+        const Wide kept = upper ? bins[i + half] : bins[i], given = upper ? bins[i] : bins[i + half];
+        bins[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
       }
     }
-    Wide x = parts[0];
+    Wide x = bins[0];
     x += __shfl_xor_sync(kAllLanes, x, 8);
     x += __shfl_xor_sync(kAllLanes, x, 16);
-    return exchange(x, [](Wide a, Wide b) { return a + b; });
+    first = __reduce_max_sync(kAllLanes, first), second = __reduce_max_sync(kAllLanes, second);
+    if (lane >= kBins) x = lane == kBins ? first : lane == kBins + 1 ? second : 0;
+    const bool adds = lane % kParts < kBins;
+    return exchange(x, [adds](Wide a, Wide b) { return adds ? a + b : larger(a, b); });
   }
 
  private:
   __device__ static Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
-  // `mine`: the warp's part l % 8 in lane l. Returns the same of the whole cluster. 0 is the operation's neutral element.
+  // `mine`: the warp's part l % 16 in lane l. Returns the same of the whole cluster. 0 is the operation's neutral element.
   template <typename Operation>
   __device__ Wide exchange(Wide mine, Operation operation) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, part = threadIdx.x % kParts;
@@ -170,8 +242,7 @@ class Cluster {
     barrier();
     Wide x = 0;
     for (int rank = lane / kParts; rank < size_; rank += kWarp / kParts) x = operation(x, memory_.told[turn_][rank][part]);
-    x = operation(x, __shfl_xor_sync(kAllLanes, x, 8));
-    x = operation(x, __shfl_xor_sync(kAllLanes, x, 16));
+    x = operation(x, __shfl_xor_sync(kAllLanes, x, kParts));
     turn_ ^= 1;  // who is ahead writes into the other half, and gets no further before all have read this one
     return x;
   }
@@ -180,24 +251,20 @@ class Cluster {
   __device__ void tell(int rank, Wide* place, Wide x) const {
 #if __CUDA_ARCH__ >= 900
     if (size_ > 1) {
-      uint32_t address;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(place))), "r"(rank));
-      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address_in(rank, place)), "l"(x) : "memory");
       return;
     }
 #endif
     *place = x;
   }
 
-  __device__ void barrier() const {
 #if __CUDA_ARCH__ >= 900
-    if (size_ > 1) {
-      asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-      return;
-    }
-#endif
-    __syncthreads();
+  __device__ static uint32_t address_in(int rank, void* place) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(uint32_t(__cvta_generic_to_shared(place))), "r"(rank));
+    return address;
   }
+#endif
 
   Exchange& memory_;
   int rank_, size_, turn_ = 0;

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from batchinfer.ops import reference_sampling, sampling
+from batchinfer.ops import reference_logprobs, reference_sampling, sampling
+from batchinfer.ops.logprobs import log_probabilities
 
 GIB = 2**30
 ROTATED_BYTES, MOST_SETS = 256 << 20, 40
@@ -92,6 +93,9 @@ def measure(rows: int, vocab_size: int, dtype: torch.dtype, splits: list[int], r
         for split in splits if name in ("draw", "top-p 0.9") else [0]:
             show(f"{name} /{split}", draw(flat, split))
         show(f"{name}, peaked", draw(peaked))
+    chosen = torch.arange(rows, device="cuda")
+    for k in (0, 20):
+        show(f"log-probabilities, k {k}", [partial(log_probabilities, logits, chosen, k) for logits in flat])
 
 
 def draw_all(asked: tuple[Tensor, ...], sets: list[Tensor], splits: int = 0) -> list[Callable[[], object]]:
@@ -100,13 +104,18 @@ def draw_all(asked: tuple[Tensor, ...], sets: list[Tensor], splits: int = 0) -> 
 
 def reference(rows: int, vocab_size: int) -> None:
     """It waits for the host, so no graph holds it."""
-    logits, asked = torch.randn(rows, vocab_size, device="cuda").bfloat16(), parameters(rows, {"top_p": 0.9})
-    for name, arguments in (("draw", parameters(rows, {})), ("top-p 0.9", asked)):
+    logits = torch.randn(rows, vocab_size, device="cuda").bfloat16()
+    calls: dict[str, Callable[[], object]] = {
+        "draw": partial(reference_sampling.sample, logits, *parameters(rows, {})),
+        "top-p 0.9": partial(reference_sampling.sample, logits, *parameters(rows, {"top_p": 0.9})),
+        "k 20": partial(reference_logprobs.log_probabilities, logits, torch.arange(rows, device="cuda"), 20),
+    }
+    for name, call in calls.items():
         times = []
         for _ in range(4):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            reference_sampling.sample(logits, *arguments)
+            call()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3)
