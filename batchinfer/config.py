@@ -10,6 +10,7 @@ content lies; the content itself is fingerprinted, so a run survives a move.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -296,8 +297,13 @@ def build_group(cls: type, raw: Any, prefix: str) -> Any:
     for key in raw:
         if key not in names:
             raise unknown_key(f"{prefix}{key}", prefix, names)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{f.name: _value(f, hints[f.name], raw[f.name], prefix + f.name) for f in fields(cls) if f.name in raw})
+
+
+@functools.cache  # rows with sampling of their own ask again and again
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
