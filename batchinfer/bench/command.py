@@ -36,6 +36,7 @@ PEER_MODULES = {"hf": "batchinfer.bench.hf", "vllm": "batchinfer.bench.vllm"}
 NEEDS = {"hf": "transformers", "vllm": "vllm"}  # what must be importable
 DOING = {CEILINGS: "measuring what the device reaches", OURS: "running our engine"}
 PEER_TIMEOUT_S = 3600.0
+INTERRUPTED = "interrupted"
 TAIL_CHARACTERS = 65536
 
 
@@ -53,20 +54,34 @@ def bench(config: Config, words: Sequence[str]) -> int:
         workloads = task.workloads()
         task.save()
         where = conditions(config, words)
-        failures = {}
-        for side in (CEILINGS, OURS, *peers):
-            why = _unable(side, config) or _run(task, side)
-            if why is not None:
-                failures[side] = why
+        failures = _run_all(task, peers)
         found = collect(task, workloads, peers, failures, where)
         show_found(found)
         kept = any(task.log_file(side).exists() for side in failures)
+        if INTERRUPTED in failures.values():
+            raise KeyboardInterrupt
         return 0 if all(workload[OURS] for workload in found["workloads"].values()) else 1
     finally:
         if kept:
             print(f"batchinfer: logs of what failed: {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_all(task: Task, peers: Sequence[str]) -> dict[str, str]:
+    """Every side in turn; why those failed that did. Ctrl-C and SIGTERM end it there: what was measured until then stays."""
+    failures: dict[str, str] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for side in (CEILINGS, OURS, *peers):
+            why = _unable(side, task.config) or _run(task, side)
+            if why is not None:
+                failures[side] = why
+    except KeyboardInterrupt:
+        failures[side] = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return failures
 
 
 def _check_device(hw: HardwareConfig) -> None:
@@ -156,4 +171,5 @@ def _environment(config: Config) -> Mapping[str, str]:
     root = str(Path(batchinfer.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     extra: dict[str, Any] = {name: str(value) for name, value in hw.env.items()}
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **extra, "PYTHONPATH": path}
+    ours = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}  # nothing needs the network
+    return {**os.environ, **ours, **extra, "PYTHONPATH": path}

