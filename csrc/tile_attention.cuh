@@ -14,8 +14,8 @@ struct TileShape {
   __device__ __forceinline__ TileShape(int q_count, int slot, int num_heads, int num_kv_heads) {
     const int group = num_heads / num_kv_heads;
     pack = 1;
-    for (int p = 2; p <= group; ++p)
-      if (group % p == 0 && q_count * p <= kTileRows) pack = p;
+    for (int p = 2; p <= group && q_count * p <= kTileRows; ++p)
+      if (group % p == 0) pack = p;
     rows = q_count * pack;
     first_head = slot * pack;  // >= num_heads: this item has no such tile
     kv_head = first_head / group;

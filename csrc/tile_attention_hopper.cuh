@@ -47,22 +47,21 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Copies the box at (x, y, z, w) of the tensor; `barrier` counts its bytes. What lies outside becomes 0.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y, int z, int w) {
+// Copies the box at (0, 0, 0, x, y) of the tensor; `barrier` counts its bytes. What lies outside becomes 0.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3, %3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(0), "r"(x), "r"(y)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Describes an operand in shared memory, swizzled over 128 bytes. Rows of 64 elements along the summed dimension (keys, queries):
-// atoms follow each other. Rows of 64 elements across it (values): atoms of further rows follow, further columns lie
-// `column_bytes` apart.
-__device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t column_bytes) {
-  return uint64_t(address >> 4) | uint64_t(column_bytes >> 4) << 16 | uint64_t(kAtomBytes >> 4) << 32 | uint64_t(1) << 62;
+// Describes an operand in shared memory: atoms that hold 8 rows of 64 elements. Further rows lie `row_step` bytes apart. Where the
+// rows lie across the summed dimension (values), further columns lie one atom apart.
+__device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t row_step) {
+  return uint64_t(address >> 4) | uint64_t(kAtomBytes >> 4) << 16 | uint64_t(row_step >> 4) << 32 | uint64_t(1) << 62;
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,7 +1,9 @@
-"""How fast tile attention is, beside PyTorch's own attention where both compute the same: `python slurm/bench/kernels_tile_attention.py`.
+"""How fast tile attention is, beside PyTorch's own attention where both compute the same.
 
 Prefills, chunks behind cached tokens, and prefixes that decode rows share. Times are medians over replays of a CUDA graph that
-goes through several sets of inputs. FLOPs count what the mask lets through. The ceiling is a large matrix product of the same run.
+goes through several sets of inputs. FLOPs count what the mask lets through. The ceiling is a large matrix product of this run.
+
+    python slurm/bench/kernels_tile_attention.py [part of the names of cases] [alone]
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def ours(case: Case) -> list[Callable[[], object]]:
 
 
 def theirs(case: Case, backend: SDPBackend) -> list[Callable[[], object]] | None:
-    """PyTorch's attention over keys that lie densely, where it can: sequences of one length, causal from their beginning or shared."""
+    """PyTorch's attention over dense keys, where it can: sequences of one length, causal from their beginning or shared."""
     rows, context = case.chunks[0]
     if case.split or len(set(case.chunks)) > 1 or (rows != context and not case.shared):
         return None
@@ -146,15 +148,13 @@ def main() -> None:
     load_kernels()
     most = ceiling()
     print(f"{torch.cuda.get_device_name()}: matrix product {most:.0f} TFLOP/s")
-    print(
-        f"{'case':38} {'us':>8} {'TFLOP/s':>8} {'of ceiling':>10}   {'cuDNN us':>8} {'TFLOP/s':>8}   {'flash us':>8} {'TFLOP/s':>8}"
-    )
+    print(f"{'case':38} {'us':>8} {'TFLOP/s':>8} {'of ceiling':>10}   {'cuDNN us':>8} {'TFLOP/s':>8}   {'flash us':>8} TFLOP/s")
     for case in CASES:
         if len(sys.argv) > 1 and sys.argv[1] not in case.name:
             continue
         taken = time_us(ours(case))
         line = f"{case.name:38} {taken:8.1f} {case.flops / taken / 1e6:8.1f} {case.flops / taken / 1e4 / most:9.1f}%"
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        for backend in () if "alone" in sys.argv else (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             try:
                 calls = theirs(case, backend)
                 taken = 0.0 if calls is None else time_us(calls)
