@@ -25,10 +25,12 @@ namespace {
 
 constexpr int kTokens = 16;  // of a chunk: what a warp takes at once
 constexpr int kSegmentFields = 8;
+constexpr int kLine = 128;  // bytes that are prefetched at once
 constexpr float kLog2E = 1.4426950408889634f;
 
+constexpr int kWarpsAtOnce = 16;  // on a multiprocessor, as registers allow
 template <int kHeads>
-constexpr int kMaxWarps = kHeads <= 4 ? 16 : kHeads == 8 ? 12 : 8;  // as registers allow
+constexpr int kMaxWarps = kHeads <= 4 ? kWarpsAtOnce : kHeads == 8 ? 12 : 8;
 
 struct Segment {
   int row, sequence, begin, end, slot;
@@ -41,6 +43,31 @@ struct Segment {
   __device__ __forceinline__ int first_chunk() const { return begin / kTokens; }
   __device__ __forceinline__ int end_chunk() const { return (end + kTokens - 1) / kTokens; }
 };
+
+__device__ __forceinline__ int block_of(const DecodeAttention& a, int chunk) {
+  return a.block_size == kTokens ? chunk : chunk * kTokens / a.block_size;
+}
+__device__ __forceinline__ int token_in_block(const DecodeAttention& a, int chunk) {
+  return a.block_size == kTokens ? 0 : chunk * kTokens % a.block_size;
+}
+
+// While the previous kernel still runs: brings the first keys and values of this warp into L2. Only a hint, for what is read here
+// may not be there yet; so it is not trusted to lie in range, and read past L1, which would keep it.
+template <typename T, int kDim>
+__device__ __forceinline__ void look_ahead(const DecodeAttention& a, const T* k_cache, const T* v_cache, int lane, int warp) {
+  const int index = load_racing(a.part_indptr + blockIdx.y);
+  if (index < 0 || index >= a.num_segments) return;
+  const int* segment = a.segments + int64_t(index) * kSegmentFields;
+  const int sequence = load_racing(segment + 1), begin = load_racing(segment + 2), end = load_racing(segment + 3);
+  const int chunk = begin / kTokens + warp;
+  if (chunk < 0 || chunk >= (end + kTokens - 1) / kTokens) return;
+  if (sequence < 0 || sequence >= a.num_tables || block_of(a, chunk) >= a.table_width) return;
+  const int64_t block = load_racing(a.block_tables + sequence * a.table_stride + block_of(a, chunk));
+  if (block < 0 || block >= a.num_blocks || lane * kLine >= kTokens * kDim * int(sizeof(T))) return;
+  const int64_t element = token_in_block(a, chunk) * kDim + lane * (kLine / int(sizeof(T)));
+  prefetch(k_cache + block * a.k_block_stride + element);
+  prefetch(v_cache + block * a.v_block_stride + element);
+}
 
 // Walks the chunks that one warp is to load, through all segments of its part, with the block id of the current one on the way.
 struct Cursor {
@@ -62,9 +89,8 @@ struct Cursor {
     ++segment;
     open();
   }
-  __device__ __forceinline__ void fetch() { block = table[a.block_size == kTokens ? chunk : chunk * kTokens / a.block_size]; }
+  __device__ __forceinline__ void fetch() { block = table[block_of(a, chunk)]; }
   __device__ __forceinline__ bool valid() const { return segment < last_segment; }
-  __device__ __forceinline__ int token_in_block() const { return a.block_size == kTokens ? 0 : chunk * kTokens % a.block_size; }
 };
 
 template <typename T, int kDim, int kHeads>
@@ -284,6 +310,7 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
   const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head * a.v_head_stride;
   const float scale = a.scale * kLog2E;
 
+  if (a.look_ahead) look_ahead<T, kDim>(a, k_cache, v_cache, lane, warp);
   wait_for_previous();
   let_next_start();
   int segment = a.part_indptr[blockIdx.y];
@@ -292,8 +319,8 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
   Warp<T, kDim, kHeads> w(lane);
   next.open();
   if (next.valid()) {
-    w.load_keys(k_cache + next.block * a.k_block_stride + next.token_in_block() * kDim);
-    w.load_values(v_cache + next.block * a.v_block_stride + next.token_in_block() * kDim);
+    w.load_keys(k_cache + next.block * a.k_block_stride + token_in_block(a, next.chunk) * kDim);
+    w.load_values(v_cache + next.block * a.v_block_stride + token_in_block(a, next.chunk) * kDim);
     next.advance();
   }
   for (; segment < last_segment; ++segment) {
@@ -302,7 +329,7 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
     for (int chunk = s.first_chunk() + warp; chunk < s.end_chunk(); chunk += warps) {
       const int begin = s.begin - chunk * kTokens, end = s.end - chunk * kTokens;
       const bool partly = begin > 0 || end < kTokens, more = next.valid();
-      const int token = next.token_in_block();
+      const int token = token_in_block(a, next.chunk);
       float scores[w.kColumnTiles][4];
       w.multiply_keys(scores, scale);
       if (more) w.load_keys(k_cache + next.block * a.k_block_stride + token * kDim);
@@ -325,9 +352,12 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
 template <typename T, int kDim, int kHeads>
 void launch_decode(const DecodeAttention& a, int warps, cudaStream_t stream) {
   warps = warps < kMaxWarps<kHeads> ? warps : kMaxWarps<kHeads>;
+  DecodeAttention b = a;
+  // Where all blocks of threads start at once; later ones would find nothing to wait for.
+  b.look_ahead = a.num_parts * a.num_kv_heads * warps <= kWarpsAtOnce * num_multiprocessors();
   const size_t smem = warps * kHeads * (kDim * sizeof(float) + sizeof(float2));
   launch("decode_attention", decode_attention_kernel<T, kDim, kHeads>, dim3(a.num_kv_heads, a.num_parts), dim3(warps * kWarp), smem,
-         stream, a);
+         stream, b);
 }
 
 template <typename T, int kDim>
