@@ -13,9 +13,10 @@
 // of its B are zero. So scores come as sums over replicas, and outputs of a tile lie in the columns of its replica.
 //
 // The softmax is online (Milakov and Gimelshein 2018) per warp, split over the context as in Flash-Decoding (Dao et al. 2023);
-// the warps of a block merge at the end of each segment in shared memory.
+// the warps of a block merge at the end of each segment in shared memory, and the blocks of a cluster in each other's.
 #include "decode_attention.h"
 
+#include "common/cluster.cuh"
 #include "common/device.cuh"
 #include "common/fragments.cuh"
 #include "common/launch.h"
@@ -54,12 +55,12 @@ __device__ __forceinline__ int token_in_block(const DecodeAttention& a, int chun
 // While the previous kernel still runs: brings the first keys and values of this warp into L2. Only a hint, for what is read here
 // may not be there yet; so it is not trusted to lie in range, and read past L1, which would keep it.
 template <typename T, int kDim>
-__device__ __forceinline__ void look_ahead(const DecodeAttention& a, const T* k_cache, const T* v_cache, int lane, int warp) {
-  const int index = load_racing(a.part_indptr + blockIdx.y);
+__device__ __forceinline__ void look_ahead(const DecodeAttention& a, const T* k_cache, const T* v_cache, int part, int turn, int lane) {
+  const int index = load_racing(a.part_indptr + part);
   if (index < 0 || index >= a.num_segments) return;
   const int* segment = a.segments + int64_t(index) * kSegmentFields;
   const int sequence = load_racing(segment + 1), begin = load_racing(segment + 2), end = load_racing(segment + 3);
-  const int chunk = begin / kTokens + warp;
+  const int chunk = begin / kTokens + turn;
   if (chunk < 0 || chunk >= (end + kTokens - 1) / kTokens) return;
   if (sequence < 0 || sequence >= a.num_tables || block_of(a, chunk) >= a.table_width) return;
   const int64_t block = load_racing(a.block_tables + sequence * a.table_stride + block_of(a, chunk));
@@ -72,19 +73,19 @@ __device__ __forceinline__ void look_ahead(const DecodeAttention& a, const T* k_
 // Walks the chunks that one warp is to load, through all segments of its part, with the block id of the current one on the way.
 struct Cursor {
   const DecodeAttention& a;
-  int segment, last_segment, chunk = 0, end = 0, warp, warps, block = 0;
+  int segment, last_segment, chunk = 0, end = 0, turn, turns, block = 0;
   const int* table = nullptr;
 
   __device__ __forceinline__ void open() {
     for (; segment < last_segment; ++segment) {
       const Segment s = Segment::load(a.segments, segment);
-      chunk = s.first_chunk() + warp, end = s.end_chunk();
+      chunk = s.first_chunk() + turn, end = s.end_chunk();
       table = a.block_tables + s.sequence * a.table_stride;
       if (chunk < end) return fetch();
     }
   }
   __device__ __forceinline__ void advance() {
-    chunk += warps;
+    chunk += turns;
     if (chunk < end) return fetch();
     ++segment;
     open();
@@ -268,54 +269,97 @@ __device__ __forceinline__ void store_row(T* to, const float (&x)[kSize]) {
   *reinterpret_cast<Row*>(to) = row;
 }
 
-// Shared memory: the warps' outputs [warps][kHeads][kDim], then their statistics [warps][kHeads].
-template <typename T, int kDim, int kHeads>
-__device__ __forceinline__ void merge_warps(const DecodeAttention& a, const float* outs, const float2* statistics, int64_t row, int slot,
-                                            int first_head, int group) {
-  constexpr int kEach = kDim / kWarp;
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  for (int head = threadIdx.x / kWarp; head < group; head += warps) {
-    const float2 mine = lane < warps ? statistics[lane * kHeads + head] : float2{-INFINITY, 0.0f};
-    const float maximum = warp_max(mine.x);
-    const float factor = mine.y == 0.0f ? 0.0f : exp2f(mine.x - maximum);  // 0: a warp without tokens
-    const float total = warp_sum(factor * mine.y);
-    float x[kEach] = {};
-    for (int w = 0; w < warps; ++w) {
-      const float f = __shfl_sync(kAllLanes, factor, w);
-      const float* from = outs + (w * kHeads + head) * kDim + lane * kEach;
+// One head of one row, from several partial results: the sum of weighted values and of weights, under their largest score.
+template <int kEach>
+struct Merged {
+  float x[kEach];  // of the lane's dimensions
+  float maximum, sum;
+
+  // `statistics(i)` gives (maximum, sum) of part i, `output(i)` what it summed, of the lane's dimensions; at most 32 parts.
+  template <typename Statistics, typename Output>
+  __device__ __forceinline__ static Merged of(int parts, Statistics&& statistics, Output&& output) {
+    const int lane = threadIdx.x % kWarp;
+    const float2 mine = lane < parts ? statistics(lane) : float2{-INFINITY, 0.0f};
+    Merged merged{.x = {}, .maximum = warp_max(mine.x)};
+    const float factor = mine.y == 0.0f ? 0.0f : exp2f(mine.x - merged.maximum);  // 0: a part without tokens, which wrote nothing
+    merged.sum = warp_sum(factor * mine.y);
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part) {
+      const float f = __shfl_sync(kAllLanes, factor, part);
+      const Floats<kEach> y = output(part);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) x[i] += f == 0.0f ? 0.0f : f * from[i];
+      for (int i = 0; i < kEach; ++i) merged.x[i] += f == 0.0f ? 0.0f : f * y.values[i];
     }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) x[i] = total == 0.0f ? 0.0f : x[i] / total;
-    if (slot < 0) {
-      store_row(static_cast<T*>(a.out) + (row * a.num_heads + first_head + head) * kDim + lane * kEach, x);
-    } else {
-      const int64_t place = int64_t(slot) * a.num_heads + first_head + head;
-      store_row(a.partial_out + place * kDim + lane * kEach, x);
-      if (lane == 0) a.partial_lse[place] = total == 0.0f ? -INFINITY : maximum + log2f(total);
-    }
+    return merged;
   }
+};
+
+// Writes a head's result to `out` or, as a partial one, to its slot.
+template <typename T, int kDim>
+__device__ __forceinline__ void finish(const DecodeAttention& a, Merged<kDim / kWarp> y, int64_t row, int slot, int head) {
+  constexpr int kEach = kDim / kWarp;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) y.x[i] = y.sum == 0.0f ? 0.0f : y.x[i] / y.sum;
+  if (slot < 0) return store_row(static_cast<T*>(a.out) + (row * a.num_heads + head) * kDim + lane * kEach, y.x);
+  const int64_t place = int64_t(slot) * a.num_heads + head;
+  store_row(a.partial_out + place * kDim + lane * kEach, y.x);
+  if (lane == 0) a.partial_lse[place] = y.sum == 0.0f ? -INFINITY : y.maximum + log2f(y.sum);
 }
 
-// Grid: (KV heads, parts), so that the heads of a part, whose tokens lie beside each other, run at the same time.
+// Shared memory of a block: what its warps have, and what they have together.
+template <int kDim, int kHeads>
+struct Results {
+  static constexpr int kOut = kHeads * kDim, kEach = kDim / kWarp;
+  float *outs, *statistics;  // [warps + 1][kHeads][kDim], [warps + 1][kHeads][maximum, sum]; last: together
+
+  __device__ __forceinline__ Results(float* shared, int warps) : outs(shared), statistics(shared + (warps + 1) * kOut) {}
+  static constexpr size_t bytes(int warps) { return (warps + 1) * (kOut + 2 * kHeads) * sizeof(float); }
+
+  __device__ __forceinline__ float* out(int warp) { return outs + warp * kOut; }
+  __device__ __forceinline__ Floats<kEach>* row(int warp, int head) {
+    return reinterpret_cast<Floats<kEach>*>(out(warp) + head * kDim) + threadIdx.x % kWarp;
+  }
+  __device__ __forceinline__ float2* statistic(int warp) { return reinterpret_cast<float2*>(statistics) + warp * kHeads; }
+
+  __device__ __forceinline__ Merged<kEach> merge_warps(int head, int warps) {
+    return Merged<kEach>::of(
+        warps, [&](int warp) { return statistic(warp)[head]; }, [&](int warp) { return *row(warp, head); });
+  }
+  __device__ __forceinline__ void put_together(int head, int warps, const Merged<kEach>& y) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) row(warps, head)->values[i] = y.x[i];
+    if (threadIdx.x % kWarp == 0) statistic(warps)[head] = {y.maximum, y.sum};
+  }
+  __device__ __forceinline__ Merged<kEach> merge_blocks(int head, int warps, int ranks) {
+    const auto* numbers = reinterpret_cast<const Floats<2>*>(statistic(warps) + head);
+    const auto statistics = [&](int rank) {
+      const Floats<2> both = load_remote(numbers, rank);
+      return float2{both.values[0], both.values[1]};
+    };
+    return Merged<kEach>::of(ranks, statistics, [&](int rank) { return load_remote(row(warps, head), rank); });
+  }
+};
+
+// Grid: (KV heads, parts * ranks), so that the heads of a part, whose tokens lie beside each other, run at the same time. The
+// warps of a part are those of `ranks` blocks, a cluster; they take its chunks in turn.
 template <typename T, int kDim, int kHeads>
 __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_kernel(const __grid_constant__ DecodeAttention a) {
   extern __shared__ float4 shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int kv_head = blockIdx.x, group = a.num_heads / a.num_kv_heads;
-  float* outs = reinterpret_cast<float*>(shared);
-  float2* statistics = reinterpret_cast<float2*>(outs + warps * kHeads * kDim);
+  const int part = blockIdx.y / a.ranks, rank = blockIdx.y % a.ranks, turn = rank * warps + warp, turns = a.ranks * warps;
+  const int kv_head = blockIdx.x, group = a.num_heads / a.num_kv_heads, first_head = kv_head * group;
   const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head * a.k_head_stride;
   const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head * a.v_head_stride;
   const float scale = a.scale * kLog2E;
+  Results<kDim, kHeads> results(reinterpret_cast<float*>(shared), warps);
 
-  if (a.look_ahead) look_ahead<T, kDim>(a, k_cache, v_cache, lane, warp);
+  if (a.look_ahead) look_ahead<T, kDim>(a, k_cache, v_cache, part, turn, lane);
   wait_for_previous();
   let_next_start();
-  int segment = a.part_indptr[blockIdx.y];
-  const int last_segment = a.part_indptr[blockIdx.y + 1];
-  Cursor next{.a = a, .segment = segment, .last_segment = last_segment, .warp = warp, .warps = warps};
+  int segment = a.part_indptr[part];
+  const int last_segment = a.part_indptr[part + 1];
+  Cursor next{.a = a, .segment = segment, .last_segment = last_segment, .turn = turn, .turns = turns};
   Warp<T, kDim, kHeads> w(lane);
   next.open();
   if (next.valid()) {
@@ -325,8 +369,8 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
   }
   for (; segment < last_segment; ++segment) {
     const Segment s = Segment::load(a.segments, segment);
-    w.begin_segment(static_cast<const T*>(a.q) + s.row * a.q_stride + kv_head * group * kDim, group);
-    for (int chunk = s.first_chunk() + warp; chunk < s.end_chunk(); chunk += warps) {
+    w.begin_segment(static_cast<const T*>(a.q) + s.row * a.q_stride + first_head * kDim, group);
+    for (int chunk = s.first_chunk() + turn; chunk < s.end_chunk(); chunk += turns) {
       const int begin = s.begin - chunk * kTokens, end = s.end - chunk * kTokens;
       const bool partly = begin > 0 || end < kTokens, more = next.valid();
       const int token = token_in_block(a, next.chunk);
@@ -343,21 +387,29 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
       }
     }
     __syncthreads();  // the previous segment has been merged
-    w.store(outs + warp * kHeads * kDim, statistics + warp * kHeads);
+    w.store(results.out(warp), results.statistic(warp));
     __syncthreads();
-    merge_warps<T, kDim, kHeads>(a, outs, statistics, s.row, s.slot, kv_head * group, group);
+    for (int head = warp; head < group; head += warps) {
+      const auto merged = results.merge_warps(head, warps);
+      a.ranks > 1 ? results.put_together(head, warps, merged) : finish<T, kDim>(a, merged, s.row, s.slot, first_head + head);
+    }
+    if (a.ranks == 1) continue;
+    cluster_barrier();
+    for (int head = turn; head < group; head += turns)
+      finish<T, kDim>(a, results.merge_blocks(head, warps, a.ranks), s.row, s.slot, first_head + head);
+    cluster_barrier();  // nobody writes anew, or leaves, while others read
   }
 }
 
 template <typename T, int kDim, int kHeads>
-void launch_decode(const DecodeAttention& a, int warps, cudaStream_t stream) {
+void launch_decode(DecodeAttention a, int warps, cudaStream_t stream) {
   warps = warps < kMaxWarps<kHeads> ? warps : kMaxWarps<kHeads>;
-  DecodeAttention b = a;
-  // Where all blocks of threads start at once; later ones would find nothing to wait for.
-  b.look_ahead = a.num_parts * a.num_kv_heads * warps <= kWarpsAtOnce * num_multiprocessors();
-  const size_t smem = warps * kHeads * (kDim * sizeof(float) + sizeof(float2));
-  launch("decode_attention", decode_attention_kernel<T, kDim, kHeads>, dim3(a.num_kv_heads, a.num_parts), dim3(warps * kWarp), smem,
-         stream, b);
+  if (!is_hopper_or_later()) a.ranks = 1;
+  const dim3 grid(a.num_kv_heads, a.num_parts * a.ranks), block(warps * kWarp);
+  // Where all blocks start at once; later ones would find nothing to wait for.
+  a.look_ahead = grid.x * grid.y * warps <= unsigned(kWarpsAtOnce * num_multiprocessors());
+  launch_clusters("decode_attention", decode_attention_kernel<T, kDim, kHeads>, grid, block, a.ranks,
+                  Results<kDim, kHeads>::bytes(warps), stream, a);
 }
 
 template <typename T, int kDim>
@@ -398,9 +450,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_attention_kernel
     for (int slot = 0; slot < count; ++slot) {
       const float f = __shfl_sync(kAllLanes, factor, slot);
       const float* from = a.partial_out + __shfl_sync(kAllLanes, mine, slot) * kDim + lane * kEach;
-      struct alignas(kEach * sizeof(float)) Row {
-        float values[kEach];
-      } const partial = *reinterpret_cast<const Row*>(from);
+      const auto partial = *reinterpret_cast<const Floats<kEach>*>(from);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) x[i] += f == 0.0f ? 0.0f : f * partial.values[i];
     }

@@ -24,7 +24,8 @@ LAYERS = {
     "engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
-    "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library",
+    "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library ops.attention ops.attention_plan "
+    "ops.attention_pieces ops.prefix_groups",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "checks hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs",

@@ -6,7 +6,7 @@ What a batch needs is cut evenly here; `attention_plan.py` puts the pieces in or
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,18 +18,26 @@ Array = NDArray[np.integer[Any]]
 TILE_ROWS = 128  # queries of a tile: a constant of the tile kernel
 ALL_KEYS = 2**30  # the q_position of queries that see every key of their tile
 FIELDS = 8  # of a segment and of a tile
-WARPS_PER_MULTIPROCESSOR = 16  # of the decode kernel, as its registers allow
+MAX_RANKS = 8  # blocks of a cluster
 
 
 @dataclass(frozen=True, slots=True)
 class PlanTuning:
     """How finely work is cut. Chosen by measuring; no result depends on it beyond rounding."""
 
-    waves: int = 4  # the longest segments are 1 / waves of what a multiprocessor's share would be
+    waves: int = 1  # the longest segments are 1 / waves of what a multiprocessor's share would be
     min_piece: int = 512  # tokens: shorter rows are never cut
     min_tile_piece: int = 256  # tokens, likewise of tiles
     max_pack: int = 16  # KV blocks (and rows) that are put into one part when there is plenty of work
-    warps: int = 0  # of a part; 0: by how many rows there are
+    warps: int = 0  # of a block; 0: by how many rows there are
+    ranks: int = 0  # blocks to a part, likewise
+
+
+class Team(NamedTuple):
+    """Who works on a part of one KV head: `ranks` blocks of `warps` warps each."""
+
+    warps: int
+    ranks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +56,29 @@ class AttentionShape:
         """Rows of so many blocks are never cut."""
         return max(1, self.tuning.min_piece // self.block_size)
 
-    def warps(self, rows: int) -> int:
-        """How many warps work on a part: many where few parts must fill the device."""
-        parts = rows * self.num_kv_heads
-        by_rows = 16 if parts <= self.num_multiprocessors else 8 if parts <= 2 * self.num_multiprocessors else 4
-        return self.tuning.warps or by_rows
+    def team(self, rows: int) -> Team:
+        """Few parts must fill the device: many warps work on each, of several blocks where even that leaves some idle."""
+        parts, device = rows * self.num_kv_heads, self.num_multiprocessors
+        if 2 * parts <= device:
+            team = Team(8, min(MAX_RANKS, 1 << (device // max(1, parts)).bit_length() - 1))
+        else:
+            team = Team(16 if parts <= device else 8 if self.resident_warps == 16 else 4, 1)
+        return Team(self.tuning.warps or team.warps, self.tuning.ranks or team.ranks)
+
+    @property
+    def resident_warps(self) -> int:
+        """Of a multiprocessor, by the registers that the decode kernel takes for a group of query heads."""
+        group = self.num_heads // self.num_kv_heads
+        return 16 if group <= 4 else 12 if group <= 8 else 8
+
+    def parts_at_once(self, rows: int) -> int:
+        """How many parts of one KV head the device works on at the same time."""
+        team = self.team(rows)
+        return max(1, self.num_multiprocessors * max(1, self.resident_warps // team.warps) // team.ranks)
 
     def wanted_pieces(self, rows: int) -> int:
         """Into how many pieces all the rows together are cut where they are long."""
-        at_once = self.num_multiprocessors * WARPS_PER_MULTIPROCESSOR // self.warps(rows)
-        return max(1, self.tuning.waves * at_once // self.num_kv_heads)
+        return max(1, self.tuning.waves * self.parts_at_once(rows) // self.num_kv_heads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from batchinfer.ops.attention_pieces import (
     ALL_KEYS,
     FIELDS,
     TILE_ROWS,
-    WARPS_PER_MULTIPROCESSOR,
     Array,
     AttentionShape,
     Pieces,
     PlanTuning,
     Rows,
+    Team,
     Tiles,
     cut_rows,
     prefill_tiles,
@@ -39,6 +39,7 @@ __all__ = [
     "PlanCapacity",
     "PlanCounts",
     "PlanTuning",
+    "Team",
     "buffer_size",
     "plan_attention",
     "split_buffer",
@@ -98,7 +99,7 @@ class AttentionPlan:
 
     buffer: Array
     counts: PlanCounts
-    warps: int
+    team: Team
     segments: Array  # [.., 8]: token row, sequence, kv_begin, kv_end, slot or -1, 0, 0, 0
     part_indptr: Array  # [parts + 1]
     tiles: Array  # [.., 8]: q_begin, q_count, sequence, kv_begin, kv_end, q_position, slot or -1, 0
@@ -186,11 +187,10 @@ def _groups_fit(groups: list[PrefixGroup], capacity: PlanCapacity) -> bool:
     return tiles <= capacity.counts.tiles and queries <= min(capacity.counts.tile_rows, capacity.tile_slots)
 
 
-def _pack(blocks: Array, shape: AttentionShape, warps: int) -> Array:
+def _pack(blocks: Array, shape: AttentionShape, num_rows: int) -> Array:
     """Where each part begins among pieces in falling order of length: short ones share a part if there is plenty of work."""
     cost = blocks + 1
-    at_once = shape.num_multiprocessors * WARPS_PER_MULTIPROCESSOR // warps
-    together = min(shape.tuning.max_pack, int(cost.sum()) * shape.num_kv_heads // (8 * at_once))
+    together = min(shape.tuning.max_pack, int(cost.sum()) * shape.num_kv_heads // (8 * shape.parts_at_once(num_rows)))
     if together <= 1:
         return np.arange(len(blocks) + 1, dtype=np.int32)
     part = (np.cumsum(cost) - cost) // together
@@ -199,8 +199,7 @@ def _pack(blocks: Array, shape: AttentionShape, warps: int) -> Array:
 
 def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: PlanCapacity | None, num_rows: int) -> AttentionPlan:
     order = np.argsort(-pieces.blocks, kind="stable")
-    warps = shape.warps(num_rows)
-    part_indptr = _pack(pieces.blocks[order], shape, warps) if len(order) else np.zeros(1, np.int32)
+    part_indptr = _pack(pieces.blocks[order], shape, num_rows) if len(order) else np.zeros(1, np.int32)
     partial = pieces.partial[order]
     tile_queries, tile_slots = _tile_partials(tiles)
     slots = np.where(partial, np.cumsum(partial) - 1 + len(tile_slots), -1)
@@ -211,7 +210,7 @@ def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: Pla
     counts = capacity.counts if capacity else used
     assert all(a <= b for a, b in zip(used, counts, strict=True)), f"a plan of {used} does not fit {counts}"
     buffer = np.zeros(buffer_size(counts), dtype=np.int32)
-    plan = AttentionPlan(buffer, counts, warps, **split_buffer(buffer, counts))
+    plan = AttentionPlan(buffer, counts, shape.team(num_rows), **split_buffer(buffer, counts))
     columns = (pieces.token_rows, pieces.sequences, pieces.begins, pieces.ends)
     for i, column in enumerate(columns):
         plan.segments[: used.segments, i] = column[order]
