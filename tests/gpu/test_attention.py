@@ -1,4 +1,4 @@
-"""Whole batches through the kernels of attention, as a model calls them: prompts, chunks, decode rows, shared prefixes, padding."""
+"""Whole batches through the kernels of attention: prompts, chunks, decode rows, shared prefixes and padding together."""
 
 from __future__ import annotations
 
