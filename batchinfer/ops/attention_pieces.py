@@ -56,6 +56,11 @@ class AttentionShape:
         """Rows of so many blocks are never cut."""
         return max(1, self.tuning.min_piece // self.block_size)
 
+    @property
+    def wanted_tiles(self) -> int:
+        """How many tiles of one query head fill the device."""
+        return max(1, 2 * self.num_multiprocessors // self.num_heads)
+
     def team(self, rows: int) -> Team:
         """Few parts must fill the device: many warps work on each, of several blocks where even that leaves some idle."""
         parts, device = rows * self.num_kv_heads, self.num_multiprocessors
@@ -153,20 +158,15 @@ class Tiles:
         moved[:, 0] += len(a.rows)
         return Tiles(np.concatenate((a.items, moved)), np.concatenate((a.rows, b.rows)))
 
-    def cut(self, shape: AttentionShape, max_tiles: int | None, max_slots: int) -> Tiles:
-        """The same, cut along the keys where there are too few to fill the device; longest first, with slots.
-
-        With `max_tiles` they are left as they are where cutting would make more tiles or slots than there may be.
-        """
+    def cut(self, shape: AttentionShape) -> Tiles:
+        """The same, cut along the keys where there are too few to fill the device (at most `wanted_tiles` more); longest first,
+        with slots."""
         items = self.items
         if not len(items):
             return self
         keys = items[:, 4] - items[:, 3]
-        wanted = max(1, 2 * shape.num_multiprocessors // shape.num_heads)
-        longest = max(shape.tuning.min_tile_piece, shape.block_size, -(-int(keys.sum()) // wanted))
+        longest = max(shape.tuning.min_tile_piece, shape.block_size, -(-int(keys.sum()) // shape.wanted_tiles))
         counts = np.maximum(1, -(-keys // longest))
-        if max_tiles is not None and (counts.sum() > max_tiles or (items[:, 1] * counts).sum() > max_slots):
-            counts[:] = 1
         if (counts > 1).any():
             items = _cut_tiles(items, keys, counts, shape.block_size)
         work = (items[:, 4] - items[:, 3]) * np.minimum(items[:, 1] + 16, TILE_ROWS)

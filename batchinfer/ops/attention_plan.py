@@ -67,30 +67,31 @@ class PlanCapacity:
 
     rows: int
     counts: PlanCounts
+    group_tiles: int  # of prefix groups before they are cut, and their queries
+    group_queries: int
 
     @classmethod
     def for_rows(cls, rows: int, max_context: int, shape: AttentionShape, shared_prefixes: bool = True) -> PlanCapacity:
         """For any batch of at most `rows` rows of one query token and at most `max_context` tokens each.
 
-        Prefix groups that would not fit are left out of a plan. Without `shared_prefixes` there are no tiles at all.
+        Prefix groups that would not fit (more than one for two rows, or nested more than twice) are left out of a plan. Without
+        `shared_prefixes` there are none, and no tiles.
         """
         longest = -(-max_context // shape.block_size)
-        cuts = min(shape.wanted_pieces(rows), rows * (max(0, longest - 1) // shape.min_blocks))
-        groups = rows if shared_prefixes and shape.window is None and rows > 1 else 0
+        segments = rows + min(shape.wanted_pieces(rows), rows * (max(0, longest - 1) // shape.min_blocks))
+        grouped = shared_prefixes and shape.window is None and rows > 1
+        tiles, queries = (rows // 2 + 1, 2 * rows) if grouped else (0, 0)
+        cuts = shape.wanted_tiles if grouped else 0
+        combined = grouped or segments > rows
         counts = PlanCounts(
-            segments=rows + cuts,
-            parts=rows + cuts,
-            tiles=groups,
-            tile_rows=2 * groups,
-            combine_rows=rows if cuts or groups else 0,
-            slots=(rows + cuts if cuts or groups else 0) + 3 * groups,
+            segments=segments,
+            parts=segments,
+            tiles=tiles + cuts,
+            tile_rows=queries,
+            combine_rows=rows if combined else 0,
+            slots=segments + queries + cuts * min(rows, TILE_ROWS) if combined else 0,
         )
-        return cls(rows, counts)
-
-    @property
-    def tile_slots(self) -> int:
-        """Slots that are left when every segment has one."""
-        return self.counts.slots - self.counts.segments
+        return cls(rows, counts, tiles, queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,7 @@ def plan_attention(
     prefill = prefill_tiles(cu_seqlens_q, context_lens, shape)
     assert capacity is None or not len(prefill.items), "a plan of fixed size is for rows of one query token"
     groups, covered = _worthwhile_groups(rows, block_tables, shape, capacity)
-    tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape))
-    tiles = tiles.cut(shape, capacity.counts.tiles if capacity else None, capacity.tile_slots if capacity else 0)
+    tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape)).cut(shape)
     begins = covered * shape.block_size
     if shape.window is not None:
         begins = np.maximum(begins, rows.ends - shape.window)
@@ -164,7 +164,7 @@ def _worthwhile_groups(
 ) -> tuple[list[PrefixGroup], Array]:
     """Groups that save more reading than their partial results and launches cost, and that fit the capacity."""
     none = np.zeros(len(rows.token_rows), dtype=np.intp)
-    if shape.window is not None or len(none) < 2 or (capacity and capacity.counts.tiles == 0):
+    if shape.window is not None or len(none) < 2 or (capacity and capacity.group_tiles == 0):
         return [], none
     full_blocks = rows.ends // shape.block_size
     tables = block_tables if rows.every_sequence else block_tables[rows.sequences]
@@ -184,7 +184,7 @@ def _worthwhile_groups(
 def _groups_fit(groups: list[PrefixGroup], capacity: PlanCapacity) -> bool:
     queries = sum(len(group.rows) for group in groups)
     tiles = sum(-(-len(group.rows) // TILE_ROWS) for group in groups)
-    return tiles <= capacity.counts.tiles and queries <= min(capacity.counts.tile_rows, capacity.tile_slots)
+    return tiles <= capacity.group_tiles and queries <= capacity.group_queries
 
 
 def _pack(blocks: Array, shape: AttentionShape, num_rows: int) -> Array:
