@@ -13,10 +13,9 @@
 // of its B are zero. So scores come as sums over replicas, and outputs of a tile lie in the columns of its replica.
 //
 // The softmax is online (Milakov and Gimelshein 2018) per warp, split over the context as in Flash-Decoding (Dao et al. 2023);
-// the warps of a block merge at the end of each segment in shared memory, and the blocks of a cluster in each other's.
+// the warps of a block merge at the end of each segment in shared memory.
 #include "decode_attention.h"
 
-#include "common/cluster.cuh"
 #include "common/device.cuh"
 #include "common/fragments.cuh"
 #include "common/launch.h"
@@ -52,40 +51,57 @@ __device__ __forceinline__ int token_in_block(const DecodeAttention& a, int chun
   return a.block_size == kTokens ? 0 : chunk * kTokens % a.block_size;
 }
 
-// While the previous kernel still runs: brings the first keys and values of this warp into L2. Only a hint, for what is read here
-// may not be there yet; so it is not trusted to lie in range, and read past L1, which would keep it.
-template <typename T, int kDim>
-__device__ __forceinline__ void look_ahead(const DecodeAttention& a, const T* k_cache, const T* v_cache, int part, int turn, int lane) {
-  const int index = load_racing(a.part_indptr + part);
-  if (index < 0 || index >= a.num_segments) return;
-  const int* segment = a.segments + int64_t(index) * kSegmentFields;
-  const int sequence = load_racing(segment + 1), begin = load_racing(segment + 2), end = load_racing(segment + 3);
-  const int chunk = begin / kTokens + turn;
-  if (chunk < 0 || chunk >= (end + kTokens - 1) / kTokens) return;
-  if (sequence < 0 || sequence >= a.num_tables || block_of(a, chunk) >= a.table_width) return;
-  const int64_t block = load_racing(a.block_tables + sequence * a.table_stride + block_of(a, chunk));
-  if (block < 0 || block >= a.num_blocks || lane * kLine >= kTokens * kDim * int(sizeof(T))) return;
-  const int64_t element = token_in_block(a, chunk) * kDim + lane * (kLine / int(sizeof(T)));
-  prefetch(k_cache + block * a.k_block_stride + element);
-  prefetch(v_cache + block * a.v_block_stride + element);
-}
+// The first chunk of a warp, as the plan said while the previous kernel was still running: to be confirmed.
+struct Guess {
+  int segment = -1, sequence, begin, end, chunk, block;
+
+  __device__ __forceinline__ const int* entry(const DecodeAttention& a) const {
+    return a.block_tables + sequence * a.table_stride + block_of(a, chunk);
+  }
+
+  // What is read here may not have been written yet. So it is read past L1, which would keep it, and not trusted to lie in range.
+  __device__ __forceinline__ static Guess make(const DecodeAttention& a, int warp) {
+    Guess guess;
+    const int index = load_racing(a.part_indptr + blockIdx.y);
+    if (index < 0 || index >= a.num_segments) return guess;
+    const int* segment = a.segments + int64_t(index) * kSegmentFields;
+    guess.sequence = load_racing(segment + 1), guess.begin = load_racing(segment + 2), guess.end = load_racing(segment + 3);
+    guess.chunk = guess.begin / kTokens + warp;
+    if (guess.chunk < 0 || guess.chunk >= (guess.end + kTokens - 1) / kTokens) return guess;
+    if (guess.sequence < 0 || guess.sequence >= a.num_tables || block_of(a, guess.chunk) >= a.table_width) return guess;
+    guess.block = load_racing(guess.entry(a));
+    if (guess.block >= 0 && guess.block < a.num_blocks) guess.segment = index;
+    return guess;
+  }
+  __device__ __forceinline__ bool made() const { return segment >= 0; }
+  __device__ __forceinline__ bool confirmed(const DecodeAttention& a, int first_segment, int last_segment) const {
+    const Segment s = Segment::load(a.segments, segment);
+    const bool same_block = *entry(a) == block, same_part = first_segment == segment && segment < last_segment;
+    return same_block & same_part & (s.sequence == sequence) & (s.begin == begin) & (s.end == end);
+  }
+};
 
 // Walks the chunks that one warp is to load, through all segments of its part, with the block id of the current one on the way.
 struct Cursor {
   const DecodeAttention& a;
-  int segment, last_segment, chunk = 0, end = 0, turn, turns, block = 0;
+  int segment, last_segment, warp, warps, chunk = 0, end = 0, block = 0;
   const int* table = nullptr;
+
+  __device__ __forceinline__ void take(const Guess& guess) {
+    chunk = guess.chunk, end = (guess.end + kTokens - 1) / kTokens, block = guess.block;
+    table = a.block_tables + guess.sequence * a.table_stride;
+  }
 
   __device__ __forceinline__ void open() {
     for (; segment < last_segment; ++segment) {
       const Segment s = Segment::load(a.segments, segment);
-      chunk = s.first_chunk() + turn, end = s.end_chunk();
+      chunk = s.first_chunk() + warp, end = s.end_chunk();
       table = a.block_tables + s.sequence * a.table_stride;
       if (chunk < end) return fetch();
     }
   }
   __device__ __forceinline__ void advance() {
-    chunk += turns;
+    chunk += warps;
     if (chunk < end) return fetch();
     ++segment;
     open();
@@ -269,6 +285,11 @@ __device__ __forceinline__ void store_row(T* to, const float (&x)[kSize]) {
   *reinterpret_cast<Row*>(to) = row;
 }
 
+template <int kSize>
+struct alignas(kSize * sizeof(float)) Floats {
+  float values[kSize];
+};
+
 // One head of one row, from several partial results: the sum of weighted values and of weights, under their largest score.
 template <int kEach>
 struct Merged {
@@ -307,109 +328,94 @@ __device__ __forceinline__ void finish(const DecodeAttention& a, Merged<kDim / k
   if (lane == 0) a.partial_lse[place] = y.sum == 0.0f ? -INFINITY : y.maximum + log2f(y.sum);
 }
 
-// Shared memory of a block: what its warps have, and what they have together.
+// What the warps of a block have of the heads of their group, in shared memory.
 template <int kDim, int kHeads>
 struct Results {
   static constexpr int kOut = kHeads * kDim, kEach = kDim / kWarp;
-  float *outs, *statistics;  // [warps + 1][kHeads][kDim], [warps + 1][kHeads][maximum, sum]; last: together
+  float* outs;         // [warps][kHeads][kDim]
+  float2* statistics;  // [warps][kHeads] (maximum, sum)
 
-  __device__ __forceinline__ Results(float* shared, int warps) : outs(shared), statistics(shared + (warps + 1) * kOut) {}
-  static constexpr size_t bytes(int warps) { return (warps + 1) * (kOut + 2 * kHeads) * sizeof(float); }
+  __device__ __forceinline__ Results(float4* shared, int warps)
+      : outs(reinterpret_cast<float*>(shared)), statistics(reinterpret_cast<float2*>(outs + warps * kOut)) {}
+  static constexpr size_t bytes(int warps) { return warps * (kOut * sizeof(float) + kHeads * sizeof(float2)); }
 
-  __device__ __forceinline__ float* out(int warp) { return outs + warp * kOut; }
-  __device__ __forceinline__ Floats<kEach>* row(int warp, int head) {
-    return reinterpret_cast<Floats<kEach>*>(out(warp) + head * kDim) + threadIdx.x % kWarp;
-  }
-  __device__ __forceinline__ float2* statistic(int warp) { return reinterpret_cast<float2*>(statistics) + warp * kHeads; }
-
-  __device__ __forceinline__ Merged<kEach> merge_warps(int head, int warps) {
+  __device__ __forceinline__ Merged<kEach> merge(int head, int warps) const {
+    const int lane = threadIdx.x % kWarp;
     return Merged<kEach>::of(
-        warps, [&](int warp) { return statistic(warp)[head]; }, [&](int warp) { return *row(warp, head); });
-  }
-  __device__ __forceinline__ void put_together(int head, int warps, const Merged<kEach>& y) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) row(warps, head)->values[i] = y.x[i];
-    if (threadIdx.x % kWarp == 0) statistic(warps)[head] = {y.maximum, y.sum};
-  }
-  __device__ __forceinline__ Merged<kEach> merge_blocks(int head, int warps, int ranks) {
-    const auto* numbers = reinterpret_cast<const Floats<2>*>(statistic(warps) + head);
-    const auto statistics = [&](int rank) {
-      const Floats<2> both = load_remote(numbers, rank);
-      return float2{both.values[0], both.values[1]};
-    };
-    return Merged<kEach>::of(ranks, statistics, [&](int rank) { return load_remote(row(warps, head), rank); });
+        warps, [&](int warp) { return statistics[warp * kHeads + head]; },
+        [&](int warp) { return *reinterpret_cast<const Floats<kEach>*>(outs + warp * kOut + head * kDim + lane * kEach); });
   }
 };
 
-// Grid: (KV heads, parts * ranks), so that the heads of a part, whose tokens lie beside each other, run at the same time. The
-// warps of a part are those of `ranks` blocks, a cluster; they take its chunks in turn.
+// Grid: (KV heads, parts), so that the heads of a part, whose tokens lie beside each other, run at the same time.
 template <typename T, int kDim, int kHeads>
 __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_kernel(const __grid_constant__ DecodeAttention a) {
   extern __shared__ float4 shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int part = blockIdx.y / a.ranks, rank = blockIdx.y % a.ranks, turn = rank * warps + warp, turns = a.ranks * warps;
   const int kv_head = blockIdx.x, group = a.num_heads / a.num_kv_heads, first_head = kv_head * group;
   const T* k_cache = static_cast<const T*>(a.k_cache) + kv_head * a.k_head_stride;
   const T* v_cache = static_cast<const T*>(a.v_cache) + kv_head * a.v_head_stride;
+  const auto keys = [&](int block, int chunk) { return k_cache + block * a.k_block_stride + token_in_block(a, chunk) * kDim; };
+  const auto values = [&](int block, int chunk) { return v_cache + block * a.v_block_stride + token_in_block(a, chunk) * kDim; };
   const float scale = a.scale * kLog2E;
-  Results<kDim, kHeads> results(reinterpret_cast<float*>(shared), warps);
+  Results<kDim, kHeads> results(shared, warps);
+  Warp<T, kDim, kHeads> w(lane);
 
-  if (a.look_ahead) look_ahead<T, kDim>(a, k_cache, v_cache, part, turn, lane);
+  Guess guess;
+  if (a.look_ahead) guess = Guess::make(a, warp);
+  if (guess.made() && lane * kLine < kTokens * kDim * int(sizeof(T))) {
+    prefetch(keys(guess.block, guess.chunk) + lane * (kLine / int(sizeof(T))));
+    prefetch(values(guess.block, guess.chunk) + lane * (kLine / int(sizeof(T))));
+  }
   wait_for_previous();
   let_next_start();
-  int segment = a.part_indptr[part];
-  const int last_segment = a.part_indptr[part + 1];
-  Cursor next{.a = a, .segment = segment, .last_segment = last_segment, .turn = turn, .turns = turns};
-  Warp<T, kDim, kHeads> w(lane);
-  next.open();
-  if (next.valid()) {
-    w.load_keys(k_cache + next.block * a.k_block_stride + token_in_block(a, next.chunk) * kDim);
-    w.load_values(v_cache + next.block * a.v_block_stride + token_in_block(a, next.chunk) * kDim);
+  if (guess.made()) w.load_keys(keys(guess.block, guess.chunk)), w.load_values(values(guess.block, guess.chunk));
+  int segment = a.part_indptr[blockIdx.y];
+  const int last_segment = a.part_indptr[blockIdx.y + 1];
+  Cursor next{.a = a, .segment = segment, .last_segment = last_segment, .warp = warp, .warps = warps};
+  if (guess.made() && guess.confirmed(a, segment, last_segment)) {
+    next.take(guess);
     next.advance();
+  } else {
+    next.open();
+    if (next.valid()) {
+      w.load_keys(keys(next.block, next.chunk)), w.load_values(values(next.block, next.chunk));
+      next.advance();
+    }
   }
   for (; segment < last_segment; ++segment) {
     const Segment s = Segment::load(a.segments, segment);
     w.begin_segment(static_cast<const T*>(a.q) + s.row * a.q_stride + first_head * kDim, group);
-    for (int chunk = s.first_chunk() + turn; chunk < s.end_chunk(); chunk += turns) {
+    for (int chunk = s.first_chunk() + warp; chunk < s.end_chunk(); chunk += warps) {
       const int begin = s.begin - chunk * kTokens, end = s.end - chunk * kTokens;
       const bool partly = begin > 0 || end < kTokens, more = next.valid();
-      const int token = token_in_block(a, next.chunk);
       float scores[w.kColumnTiles][4];
       w.multiply_keys(scores, scale);
-      if (more) w.load_keys(k_cache + next.block * a.k_block_stride + token * kDim);
+      if (more) w.load_keys(keys(next.block, next.chunk));
       if (partly) w.mask_scores(scores, begin, end);
       w.soften(scores);
       if (partly) w.mask_values(begin, end);
       w.multiply_values(scores);
       if (more) {
-        w.load_values(v_cache + next.block * a.v_block_stride + token * kDim);
+        w.load_values(values(next.block, next.chunk));
         next.advance();
       }
     }
     __syncthreads();  // the previous segment has been merged
-    w.store(results.out(warp), results.statistic(warp));
+    w.store(results.outs + warp * results.kOut, results.statistics + warp * kHeads);
     __syncthreads();
-    for (int head = warp; head < group; head += warps) {
-      const auto merged = results.merge_warps(head, warps);
-      a.ranks > 1 ? results.put_together(head, warps, merged) : finish<T, kDim>(a, merged, s.row, s.slot, first_head + head);
-    }
-    if (a.ranks == 1) continue;
-    cluster_barrier();
-    for (int head = turn; head < group; head += turns)
-      finish<T, kDim>(a, results.merge_blocks(head, warps, a.ranks), s.row, s.slot, first_head + head);
-    cluster_barrier();  // nobody writes anew, or leaves, while others read
+    for (int head = warp; head < group; head += warps)
+      finish<T, kDim>(a, results.merge(head, warps), s.row, s.slot, first_head + head);
   }
 }
 
 template <typename T, int kDim, int kHeads>
 void launch_decode(DecodeAttention a, int warps, cudaStream_t stream) {
   warps = warps < kMaxWarps<kHeads> ? warps : kMaxWarps<kHeads>;
-  if (!is_hopper_or_later()) a.ranks = 1;
-  const dim3 grid(a.num_kv_heads, a.num_parts * a.ranks), block(warps * kWarp);
+  const dim3 grid(a.num_kv_heads, a.num_parts), block(warps * kWarp);
   // Where all blocks start at once; later ones would find nothing to wait for.
   a.look_ahead = grid.x * grid.y * warps <= unsigned(kWarpsAtOnce * num_multiprocessors());
-  launch_clusters("decode_attention", decode_attention_kernel<T, kDim, kHeads>, grid, block, a.ranks,
-                  Results<kDim, kHeads>::bytes(warps), stream, a);
+  launch("decode_attention", decode_attention_kernel<T, kDim, kHeads>, grid, block, Results<kDim, kHeads>::bytes(warps), stream, a);
 }
 
 template <typename T, int kDim>

@@ -25,7 +25,6 @@ struct DecodeAttention {
   int num_parts, num_heads, num_kv_heads, block_size;
   int num_segments, num_tables, table_width, num_blocks;  // sizes of what is read ahead
   float scale;
-  int ranks;        // blocks that share a part of a KV head, in a cluster: 1 to 8; taken as 1 before Hopper
   bool look_ahead;  // set at launch
 };
 

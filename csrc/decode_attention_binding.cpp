@@ -38,7 +38,7 @@ void require_out(const Tensor& out, int64_t heads, int64_t dim) {
 
 void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                          const Tensor& segments, const Tensor& part_indptr, Tensor out, Tensor partial_out, Tensor partial_lse,
-                         double scale, int64_t warps, int64_t ranks) {
+                         double scale, int64_t warps) {
   require(q.dim() == 3 && q.stride(1) == q.size(2), "q must be [T, H, D] with dense rows");
   require_vectors(q, "q");
   require_cache(k_cache, q, "k_cache");
@@ -55,10 +55,8 @@ void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v
   require(segments.size(1) == kSegmentFields && segments.is_contiguous(), "segments must be [.., 8], contiguous");
   require(reinterpret_cast<uintptr_t>(segments.data_ptr()) % 16 == 0, "segments must begin on 16 bytes");
   require_indices(part_indptr, 1, "part_indptr");
-  require(part_indptr.size(0) >= 1, "part_indptr must not be empty");
+  require(part_indptr.size(0) >= 1 && part_indptr.size(0) <= 65536, "part_indptr must have 1 to 65536 entries");
   require(warps >= 1 && warps <= 16, "warps must be 1 to 16");
-  require(ranks >= 1 && ranks <= 8, "ranks must be 1 to 8");
-  require((part_indptr.size(0) - 1) * ranks <= 65535, "too many parts");
   const DecodeAttention a{
       .q = q.data_ptr(),
       .q_stride = q.stride(0),
@@ -84,7 +82,6 @@ void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v
       .table_width = static_cast<int>(block_tables.size(1)),
       .num_blocks = static_cast<int>(std::min(k_cache.size(0), v_cache.size(0))),
       .scale = static_cast<float>(scale),
-      .ranks = static_cast<int>(ranks),
   };
   decode_attention(a, static_cast<int>(dim), static_cast<int>(warps), dtype_of(q), Stream(out));
 }
@@ -119,7 +116,7 @@ void combine_attention_op(Tensor out, const Tensor& partial_out, const Tensor& p
 STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor segments, Tensor part_indptr, "
-      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps, int ranks) -> ()");
+      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps) -> ()");
   m.def(
       "combine_attention(Tensor(a!) out, Tensor partial_out, Tensor partial_lse, Tensor combine_rows, Tensor combine_indptr, "
       "Tensor combine_slots) -> ()");

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import reference
-from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, Team, buffer_size, split_buffer
+from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, buffer_size, split_buffer
 from batchinfer.ops.library import load_kernels
 
 HEAD_DIMS, MAX_GROUP, TOKENS = (64, 128), 16, 16
@@ -23,7 +23,7 @@ class DevicePlan:
     """A plan where kernels read it, and room for partial results, which layers share. Filling it again moves nothing."""
 
     counts: PlanCounts
-    team: Team
+    warps: int
     buffer: Tensor
     segments: Tensor
     part_indptr: Tensor
@@ -36,21 +36,21 @@ class DevicePlan:
     partial_lse: Tensor  # [slots, H] float32
 
     @classmethod
-    def empty(cls, counts: PlanCounts, team: Team, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
+    def empty(cls, counts: PlanCounts, warps: int, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
         buffer = torch.zeros(buffer_size(counts), dtype=torch.int32, device=device)
         out = torch.empty(counts.slots, num_heads, head_dim, dtype=torch.float32, device=device)
         lse = torch.empty(counts.slots, num_heads, dtype=torch.float32, device=device)
-        return cls(counts, team, buffer, **split_buffer(buffer, counts), partial_out=out, partial_lse=lse)
+        return cls(counts, warps, buffer, **split_buffer(buffer, counts), partial_out=out, partial_lse=lse)
 
     @classmethod
     def of(cls, plan: AttentionPlan, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
-        made = cls.empty(plan.counts, plan.team, num_heads, head_dim, device)
+        made = cls.empty(plan.counts, plan.warps, num_heads, head_dim, device)
         made.fill(plan)
         return made
 
     def fill(self, plan: AttentionPlan) -> None:
         """Take over another plan of the same sizes: one transfer."""
-        assert plan.counts == self.counts and plan.team == self.team, "a plan of other sizes"
+        assert plan.counts == self.counts and plan.warps == self.warps, "a plan of other sizes"
         self.buffer.copy_(torch.from_numpy(plan.buffer), non_blocking=True)
 
 
@@ -83,7 +83,7 @@ def paged_attention(
     if plan.counts.tiles:
         ops.tile_attention(q, *caches, plan.tiles, plan.tile_rows, out, *partial, scale, sliding_window or 0)
     if plan.counts.parts:
-        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, *plan.team)
+        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps)
     if plan.counts.combine_rows:
         ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
     return out

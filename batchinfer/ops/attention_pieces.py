@@ -6,7 +6,7 @@ What a batch needs is cut evenly here; `attention_plan.py` puts the pieces in or
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ Array = NDArray[np.integer[Any]]
 TILE_ROWS = 128  # queries of a tile: a constant of the tile kernel
 ALL_KEYS = 2**30  # the q_position of queries that see every key of their tile
 FIELDS = 8  # of a segment and of a tile
-MAX_RANKS = 8  # blocks of a cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +28,7 @@ class PlanTuning:
     min_piece: int = 512  # tokens: shorter rows are never cut
     min_tile_piece: int = 256  # tokens, likewise of tiles
     max_pack: int = 16  # KV blocks (and rows) that are put into one part when there is plenty of work
-    warps: int = 0  # of a block; 0: by how many rows there are
-    ranks: int = 0  # blocks to a part, likewise
-
-
-class Team(NamedTuple):
-    """Who works on a part of one KV head: `ranks` blocks of `warps` warps each."""
-
-    warps: int
-    ranks: int
+    warps: int = 0  # of a part; 0: by how many rows there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +52,14 @@ class AttentionShape:
         """How many tiles of one query head fill the device."""
         return max(1, 2 * self.num_multiprocessors // self.num_heads)
 
-    def team(self, rows: int) -> Team:
-        """Few parts must fill the device: many warps work on each, of several blocks where even that leaves some idle."""
+    def warps(self, rows: int) -> int:
+        """How many warps work on a part of one KV head: as measured, fewer where there are many parts."""
         parts, device = rows * self.num_kv_heads, self.num_multiprocessors
-        if 2 * parts <= device:
-            team = Team(8, min(MAX_RANKS, 1 << (device // max(1, parts)).bit_length() - 1))
+        if parts > 8 * device or (parts > device and self.resident_warps < 16):
+            by_parts = 4
         else:
-            team = Team(16 if parts <= device else 8 if self.resident_warps == 16 else 4, 1)
-        return Team(self.tuning.warps or team.warps, self.tuning.ranks or team.ranks)
+            by_parts = 16 if device < parts <= 3 * device else 8
+        return self.tuning.warps or by_parts
 
     @property
     def resident_warps(self) -> int:
@@ -78,8 +69,7 @@ class AttentionShape:
 
     def parts_at_once(self, rows: int) -> int:
         """How many parts of one KV head the device works on at the same time."""
-        team = self.team(rows)
-        return max(1, self.num_multiprocessors * max(1, self.resident_warps // team.warps) // team.ranks)
+        return self.num_multiprocessors * max(1, self.resident_warps // self.warps(rows))
 
     def wanted_pieces(self, rows: int) -> int:
         """Into how many pieces all the rows together are cut where they are long."""

@@ -23,7 +23,6 @@ from batchinfer.ops.attention_pieces import (
     Pieces,
     PlanTuning,
     Rows,
-    Team,
     Tiles,
     cut_rows,
     prefill_tiles,
@@ -39,7 +38,6 @@ __all__ = [
     "PlanCapacity",
     "PlanCounts",
     "PlanTuning",
-    "Team",
     "buffer_size",
     "plan_attention",
     "split_buffer",
@@ -100,7 +98,7 @@ class AttentionPlan:
 
     buffer: Array
     counts: PlanCounts
-    team: Team
+    warps: int  # of a part
     segments: Array  # [.., 8]: token row, sequence, kv_begin, kv_end, slot or -1, 0, 0, 0
     part_indptr: Array  # [parts + 1]
     tiles: Array  # [.., 8]: q_begin, q_count, sequence, kv_begin, kv_end, q_position, slot or -1, 0
@@ -210,7 +208,7 @@ def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: Pla
     counts = capacity.counts if capacity else used
     assert all(a <= b for a, b in zip(used, counts, strict=True)), f"a plan of {used} does not fit {counts}"
     buffer = np.zeros(buffer_size(counts), dtype=np.int32)
-    plan = AttentionPlan(buffer, counts, shape.team(num_rows), **split_buffer(buffer, counts))
+    plan = AttentionPlan(buffer, counts, shape.warps(num_rows), **split_buffer(buffer, counts))
     columns = (pieces.token_rows, pieces.sequences, pieces.begins, pieces.ends)
     for i, column in enumerate(columns):
         plan.segments[: used.segments, i] = column[order]

@@ -64,16 +64,6 @@ CASES = [
 CUTS: list[dict[str, int]] = [{"waves": 1}, {"waves": 4}, {"min_piece": 2**20}]
 
 
-def teams(case: Case) -> list[tuple[int, int]]:
-    """Warps and ranks worth comparing."""
-    parts = len(case.contexts) * case.kv_heads
-    if parts > 1000:
-        return [(4, 1), (8, 1)]
-    if parts > 132:
-        return [(4, 1), (8, 1), (16, 1), (4, 2), (8, 2)]
-    return [(8, 1), (16, 1), (4, 2), (8, 2), (16, 2), (4, 4), (8, 4), (4, 8), (8, 8)]
-
-
 def median_us(calls: list[Callable[[], object]], replays: int = 7) -> float:
     """Of one call: a CUDA graph of all of them is replayed, and timed by events."""
     for call in calls[:2]:
@@ -152,7 +142,7 @@ class Inputs:
 
 def line(name: str, us: float, moved: int, ceiling: float, plan: DevicePlan) -> str:
     rate = moved / us * 1e6
-    cut = f"parts {plan.counts.parts} x {plan.team.ranks} x {plan.team.warps} combined {plan.counts.combine_rows}"
+    cut = f"parts {plan.counts.parts} x {plan.warps} warps, combined {plan.counts.combine_rows}"
     return f"{name:24} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
 
 
@@ -169,7 +159,7 @@ def main() -> None:
         inputs = Inputs.of(case)
         settings: list[dict[str, int]] = [{}]
         if options.sweep:
-            settings += [{"warps": w, "ranks": r, **cut} for w, r in teams(case) for cut in CUTS]
+            settings += [{"warps": w, **cut} for w in (2, 4, 8, 16) for cut in CUTS]
         timed = [(*inputs.time(**setting), setting) for setting in settings]
         if options.sweep:
             for us, plan, setting in sorted(timed[1:], key=lambda t: t[0])[:4]:

@@ -48,15 +48,6 @@ def test_blocks_windows_and_warps(block_size: int, window: int | None, warps: in
     assert relative_error(run(case, warps=warps, min_piece=48, waves=2), case.want()) < CLOSE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("warps", [1, 4, 16])
-@pytest.mark.parametrize("heads, kv_heads, dim", [(3, 3, 128), (8, 2, 128), (16, 2, 64), (32, 2, 128)])
-def test_clusters(heads: int, kv_heads: int, dim: int, warps: int, ranks: int) -> None:
-    case = make_case(RAGGED, heads=heads, kv_heads=kv_heads, dim=dim, seed=ranks)
-    for tuning in ({"min_piece": 64}, {"multiprocessors": 1, "max_pack": 100, "min_piece": 5000}):
-        assert relative_error(run(case, warps=warps, ranks=ranks, **tuning), case.want()) < CLOSE[torch.bfloat16]
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_random_batches_however_they_are_cut(seed: int) -> None:
     random = np.random.default_rng(seed)
