@@ -23,7 +23,9 @@ struct DecodeAttention {
   float* partial_out;      // [slots, H, D]
   float* partial_lse;      // [slots, H]
   int num_parts, num_heads, num_kv_heads, block_size;
+  int num_segments, num_tables, table_width, num_blocks;  // sizes of what is read ahead
   float scale;
+  bool look_ahead;  // set at launch
 };
 
 // head_dim: 64 or 128; H / K: 1..16; block_size: a multiple of 16; element type float16 or bfloat16. warps: how many work on one

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/tensor.h"
 #include "decode_attention.h"
 
@@ -75,6 +77,10 @@ void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v
       .num_heads = static_cast<int>(heads),
       .num_kv_heads = static_cast<int>(kv_heads),
       .block_size = static_cast<int>(k_cache.size(1)),
+      .num_segments = static_cast<int>(segments.size(0)),
+      .num_tables = static_cast<int>(block_tables.size(0)),
+      .table_width = static_cast<int>(block_tables.size(1)),
+      .num_blocks = static_cast<int>(std::min(k_cache.size(0), v_cache.size(0))),
       .scale = static_cast<float>(scale),
   };
   decode_attention(a, static_cast<int>(dim), static_cast<int>(warps), dtype_of(q), Stream(out));

@@ -18,14 +18,13 @@ Array = NDArray[np.integer[Any]]
 TILE_ROWS = 128  # queries of a tile: a constant of the tile kernel
 ALL_KEYS = 2**30  # the q_position of queries that see every key of their tile
 FIELDS = 8  # of a segment and of a tile
-WARPS_PER_MULTIPROCESSOR = 16  # of the decode kernel, as its registers allow
 
 
 @dataclass(frozen=True, slots=True)
 class PlanTuning:
     """How finely work is cut. Chosen by measuring; no result depends on it beyond rounding."""
 
-    waves: int = 4  # the longest segments are 1 / waves of what a multiprocessor's share would be
+    waves: int = 1  # the longest segments are 1 / waves of what a multiprocessor's share would be
     min_piece: int = 512  # tokens: shorter rows are never cut
     min_tile_piece: int = 256  # tokens, likewise of tiles
     max_pack: int = 16  # KV blocks (and rows) that are put into one part when there is plenty of work
@@ -48,16 +47,33 @@ class AttentionShape:
         """Rows of so many blocks are never cut."""
         return max(1, self.tuning.min_piece // self.block_size)
 
+    @property
+    def wanted_tiles(self) -> int:
+        """How many tiles of one query head fill the device."""
+        return max(1, 2 * self.num_multiprocessors // self.num_heads)
+
     def warps(self, rows: int) -> int:
-        """How many warps work on a part: many where few parts must fill the device."""
-        parts = rows * self.num_kv_heads
-        by_rows = 16 if parts <= self.num_multiprocessors else 8 if parts <= 2 * self.num_multiprocessors else 4
-        return self.tuning.warps or by_rows
+        """How many warps work on a part of one KV head: as measured, fewer where there are many parts."""
+        parts, device = rows * self.num_kv_heads, self.num_multiprocessors
+        if parts > 8 * device or (parts > device and self.resident_warps < 16):
+            by_parts = 4
+        else:
+            by_parts = 16 if device < parts <= 3 * device else 8
+        return self.tuning.warps or by_parts
+
+    @property
+    def resident_warps(self) -> int:
+        """Of a multiprocessor, by the registers that the decode kernel takes for a group of query heads."""
+        group = self.num_heads // self.num_kv_heads
+        return 16 if group <= 4 else 12 if group <= 8 else 8
+
+    def parts_at_once(self, rows: int) -> int:
+        """How many parts of one KV head the device works on at the same time."""
+        return self.num_multiprocessors * max(1, self.resident_warps // self.warps(rows))
 
     def wanted_pieces(self, rows: int) -> int:
         """Into how many pieces all the rows together are cut where they are long."""
-        at_once = self.num_multiprocessors * WARPS_PER_MULTIPROCESSOR // self.warps(rows)
-        return max(1, self.tuning.waves * at_once // self.num_kv_heads)
+        return max(1, self.tuning.waves * self.parts_at_once(rows) // self.num_kv_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +148,15 @@ class Tiles:
         moved[:, 0] += len(a.rows)
         return Tiles(np.concatenate((a.items, moved)), np.concatenate((a.rows, b.rows)))
 
-    def cut(self, shape: AttentionShape, max_tiles: int | None, max_slots: int) -> Tiles:
-        """The same, cut along the keys where there are too few to fill the device; longest first, with slots.
-
-        With `max_tiles` they are left as they are where cutting would make more tiles or slots than there may be.
-        """
+    def cut(self, shape: AttentionShape) -> Tiles:
+        """The same, cut along the keys where there are too few to fill the device (at most `wanted_tiles` more); longest first,
+        with slots."""
         items = self.items
         if not len(items):
             return self
         keys = items[:, 4] - items[:, 3]
-        wanted = max(1, 2 * shape.num_multiprocessors // shape.num_heads)
-        longest = max(shape.tuning.min_tile_piece, shape.block_size, -(-int(keys.sum()) // wanted))
+        longest = max(shape.tuning.min_tile_piece, shape.block_size, -(-int(keys.sum()) // shape.wanted_tiles))
         counts = np.maximum(1, -(-keys // longest))
-        if max_tiles is not None and (counts.sum() > max_tiles or (items[:, 1] * counts).sum() > max_slots):
-            counts[:] = 1
         if (counts > 1).any():
             items = _cut_tiles(items, keys, counts, shape.block_size)
         work = (items[:, 4] - items[:, 3]) * np.minimum(items[:, 1] + 16, TILE_ROWS)

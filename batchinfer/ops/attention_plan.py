@@ -18,7 +18,6 @@ from batchinfer.ops.attention_pieces import (
     ALL_KEYS,
     FIELDS,
     TILE_ROWS,
-    WARPS_PER_MULTIPROCESSOR,
     Array,
     AttentionShape,
     Pieces,
@@ -66,36 +65,38 @@ class PlanCapacity:
 
     rows: int
     counts: PlanCounts
+    group_tiles: int  # of prefix groups before they are cut, and their queries
+    group_queries: int
 
     @classmethod
     def for_rows(cls, rows: int, max_context: int, shape: AttentionShape, shared_prefixes: bool = True) -> PlanCapacity:
         """For any batch of at most `rows` rows of one query token and at most `max_context` tokens each.
 
-        Prefix groups that would not fit are left out of a plan. Without `shared_prefixes` there are no tiles at all.
+        Prefix groups that would not fit (more than one for two rows, or nested more than twice) are left out of a plan. Without
+        `shared_prefixes` there are none, and no tiles.
         """
         longest = -(-max_context // shape.block_size)
-        cuts = min(shape.wanted_pieces(rows), rows * (max(0, longest - 1) // shape.min_blocks))
-        groups = rows if shared_prefixes and shape.window is None and rows > 1 else 0
+        segments = rows + min(shape.wanted_pieces(rows), rows * (max(0, longest - 1) // shape.min_blocks))
+        grouped = shared_prefixes and shape.window is None and rows > 1
+        tiles, queries = (rows // 2 + 1, 2 * rows) if grouped else (0, 0)
+        cuts = shape.wanted_tiles if grouped else 0
+        combined = grouped or segments > rows
         counts = PlanCounts(
-            segments=rows + cuts,
-            parts=rows + cuts,
-            tiles=groups,
-            tile_rows=2 * groups,
-            combine_rows=rows if cuts or groups else 0,
-            slots=(rows + cuts if cuts or groups else 0) + 3 * groups,
+            segments=segments,
+            parts=segments,
+            tiles=tiles + cuts,
+            tile_rows=queries,
+            combine_rows=rows if combined else 0,
+            slots=segments + queries + cuts * min(rows, TILE_ROWS) if combined else 0,
         )
-        return cls(rows, counts)
+        return cls(rows, counts, tiles, queries)
 
     def without_tiles(self) -> PlanCapacity:
         """The same for batches that share no prefixes: `for_rows` without them."""
         cut = self.counts.segments > self.rows
         slots, combine_rows = (self.counts.segments, self.rows) if cut else (0, 0)
-        return PlanCapacity(self.rows, self.counts._replace(tiles=0, tile_rows=0, slots=slots, combine_rows=combine_rows))
-
-    @property
-    def tile_slots(self) -> int:
-        """Slots that are left when every segment has one."""
-        return self.counts.slots - self.counts.segments
+        counts = self.counts._replace(tiles=0, tile_rows=0, slots=slots, combine_rows=combine_rows)
+        return PlanCapacity(self.rows, counts, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class AttentionPlan:
 
     buffer: Array
     counts: PlanCounts
-    warps: int
+    warps: int  # of a part
     segments: Array  # [.., 8]: token row, sequence, kv_begin, kv_end, slot or -1, 0, 0, 0
     part_indptr: Array  # [parts + 1]
     tiles: Array  # [.., 8]: q_begin, q_count, sequence, kv_begin, kv_end, q_position, slot or -1, 0
@@ -157,8 +158,7 @@ def plan_attention(
     groups, covered = _worthwhile_groups(rows, block_tables, shape, capacity)
     if capacity is not None and not groups:
         capacity = capacity.without_tiles()
-    tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape))
-    tiles = tiles.cut(shape, capacity.counts.tiles if capacity else None, capacity.tile_slots if capacity else 0)
+    tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape)).cut(shape)
     begins = covered * shape.block_size
     if shape.window is not None:
         begins = np.maximum(begins, rows.ends - shape.window)
@@ -179,7 +179,7 @@ def _worthwhile_groups(
 ) -> tuple[list[PrefixGroup], Array]:
     """Groups that save more reading than their partial results and launches cost, and that fit the capacity."""
     none = np.zeros(len(rows.token_rows), dtype=np.intp)
-    if shape.window is not None or len(none) < 2 or (capacity and capacity.counts.tiles == 0):
+    if shape.window is not None or len(none) < 2 or (capacity and capacity.group_tiles == 0):
         return [], none
     full_blocks = rows.ends // shape.block_size
     tables = block_tables if rows.every_sequence else block_tables[rows.sequences]
@@ -199,14 +199,13 @@ def _worthwhile_groups(
 def _groups_fit(groups: list[PrefixGroup], capacity: PlanCapacity) -> bool:
     queries = sum(len(group.rows) for group in groups)
     tiles = sum(-(-len(group.rows) // TILE_ROWS) for group in groups)
-    return tiles <= capacity.counts.tiles and queries <= min(capacity.counts.tile_rows, capacity.tile_slots)
+    return tiles <= capacity.group_tiles and queries <= capacity.group_queries
 
 
-def _pack(blocks: Array, shape: AttentionShape, warps: int) -> Array:
+def _pack(blocks: Array, shape: AttentionShape, num_rows: int) -> Array:
     """Where each part begins among pieces in falling order of length: short ones share a part if there is plenty of work."""
     cost = blocks + 1
-    at_once = shape.num_multiprocessors * WARPS_PER_MULTIPROCESSOR // warps
-    together = min(shape.tuning.max_pack, int(cost.sum()) * shape.num_kv_heads // (8 * at_once))
+    together = min(shape.tuning.max_pack, int(cost.sum()) * shape.num_kv_heads // (8 * shape.parts_at_once(num_rows)))
     if together <= 1:
         return np.arange(len(blocks) + 1, dtype=np.int32)
     part = (np.cumsum(cost) - cost) // together
@@ -215,8 +214,7 @@ def _pack(blocks: Array, shape: AttentionShape, warps: int) -> Array:
 
 def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: PlanCapacity | None, num_rows: int) -> AttentionPlan:
     order = np.argsort(-pieces.blocks, kind="stable")
-    warps = shape.warps(num_rows)
-    part_indptr = _pack(pieces.blocks[order], shape, warps) if len(order) else np.zeros(1, np.int32)
+    part_indptr = _pack(pieces.blocks[order], shape, num_rows) if len(order) else np.zeros(1, np.int32)
     partial = pieces.partial[order]
     tile_queries, tile_slots = _tile_partials(tiles)
     slots = np.where(partial, np.cumsum(partial) - 1 + len(tile_slots), -1)
@@ -227,7 +225,7 @@ def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: Pla
     counts = capacity.counts if capacity else used
     assert all(a <= b for a, b in zip(used, counts, strict=True)), f"a plan of {used} does not fit {counts}"
     buffer = np.zeros(buffer_size(counts), dtype=np.int32)
-    plan = AttentionPlan(buffer, counts, warps, **split_buffer(buffer, counts))
+    plan = AttentionPlan(buffer, counts, shape.warps(num_rows), **split_buffer(buffer, counts))
     columns = (pieces.token_rows, pieces.sequences, pieces.begins, pieces.ends)
     for i, column in enumerate(columns):
         plan.segments[: used.segments, i] = column[order]

@@ -61,4 +61,13 @@ __device__ __forceinline__ void load_streaming(uint32_t (&to)[4], const void* fr
                : "l"(from));
 }
 
+// What another kernel may be writing: past L1, which would keep the old value.
+__device__ __forceinline__ int load_racing(const int* from) {
+  int value;
+  asm volatile("ld.volatile.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
 }  // namespace batchinfer

@@ -50,12 +50,18 @@ CASES = [
     Case("64 rows 64-1500 G=4", ragged(64, 64, 1500), 32, 8),
     Case("16 rows 2048 MHA", [2048] * 16, 32, 32),
     Case("16 rows 2048 G=4", [2048] * 16, 32, 8),
+    Case("9 rows 2048 MHA", [2048] * 9, 32, 32),
+    Case("40 rows 2048 G=4", [2048] * 40, 32, 8),
+    Case("4 rows 256 MHA", [256] * 4, 32, 32),
+    Case("4 rows 1024 G=4", [1024] * 4, 32, 8),
     Case("1 row 128 MHA", [128], 32, 32),
     Case("1 row 256 MHA", [256], 32, 32),
     Case("1 row 256 G=4", [256], 32, 8),
     Case("1 row 2048 MHA", [2048], 32, 32),
     Case("1 row 16384 G=4", [16384], 32, 8),
 ]
+
+CUTS: list[dict[str, int]] = [{"waves": 1}, {"waves": 4}, {"min_piece": 2**20}]
 
 
 def median_us(calls: list[Callable[[], object]], replays: int = 7) -> float:
@@ -96,7 +102,7 @@ class Inputs:
     def of(cls, case: Case) -> Inputs:
         needed = [-(-c // BLOCK) for c in case.contexts]
         bytes_each = sum(needed) * BLOCK * case.kv_heads * case.dim * 4
-        sets = max(1, min(100, int(400e6 // bytes_each) + 1))
+        sets = 1 + int(120e6 // bytes_each)
         blocks = sum(needed) * sets + 1
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (2, blocks, case.kv_heads, BLOCK, case.dim)
@@ -136,7 +142,7 @@ class Inputs:
 
 def line(name: str, us: float, moved: int, ceiling: float, plan: DevicePlan) -> str:
     rate = moved / us * 1e6
-    cut = f"parts {plan.counts.parts} warps {plan.warps} combined {plan.counts.combine_rows}"
+    cut = f"parts {plan.counts.parts} x {plan.warps} warps, combined {plan.counts.combine_rows}"
     return f"{name:24} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
 
 
@@ -153,9 +159,7 @@ def main() -> None:
         inputs = Inputs.of(case)
         settings: list[dict[str, int]] = [{}]
         if options.sweep:
-            large = len(case.contexts) * case.kv_heads > 1000
-            finely = [(4, 512), (16, 512)] if large else [(1, 64), (4, 64), (4, 256), (4, 1024)]
-            settings += [{"warps": w, "waves": n, "min_piece": p} for w in (2, 4, 8, 16) for n, p in finely]
+            settings += [{"warps": w, **cut} for w in (2, 4, 8, 16) for cut in CUTS]
         timed = [(*inputs.time(**setting), setting) for setting in settings]
         if options.sweep:
             for us, plan, setting in sorted(timed[1:], key=lambda t: t[0])[:4]:
