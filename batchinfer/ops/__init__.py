@@ -9,11 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer.ops import attention, elementwise, fused_softmax_attention, reference, reference_linear, sampling, skinny
+from batchinfer.ops import (
+    attention,
+    elementwise,
+    fused_softmax_attention,
+    logprobs,
+    reference,
+    reference_linear,
+    sampling,
+    skinny,
+)
 from batchinfer.ops.attention import DevicePlan
 from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, empty_plan, plan_attention
 from batchinfer.ops.library import load_kernels
-from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask, log_probabilities
+from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
 __all__ = [
     "AttentionPlan",
@@ -148,3 +157,7 @@ def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
     return draw(logits, temperature, top_k, top_p, min_p, seeds, positions)[0]
+
+
+def log_probabilities(logits: Tensor, token_ids: Tensor, k: int) -> LogProbabilities:
+    return (logprobs if _by_kernels(logits) else reference).log_probabilities(logits, token_ids, k)
