@@ -3,7 +3,6 @@
 
 #include "common/chunk.cuh"
 #include "common/launch.h"
-#include "common/tune.h"
 
 namespace batchinfer {
 namespace {
@@ -54,12 +53,8 @@ void silu_and_mul(void* out, const void* gate_up, int64_t rows, int size, int64_
                   cudaStream_t stream) {
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto arguments = [&](auto kernel) { kernel(static_cast<T*>(out), static_cast<const T*>(gate_up), rows, size, stride, stream); };
-    if (!aligned) return arguments(launch_silu<T, 1, false>);
-    const int chunks = tune("SILU_CHUNKS", 2);
-    if (chunks == 1) return arguments(launch_silu<T, 1, true>);
-    if (chunks == 4) return arguments(launch_silu<T, 4, true>);
-    arguments(launch_silu<T, 2, true>);
+    const auto launcher = aligned ? launch_silu<T, 2, true> : launch_silu<T, 1, false>;
+    launcher(static_cast<T*>(out), static_cast<const T*>(gate_up), rows, size, stride, stream);
   });
 }
 

@@ -3,12 +3,12 @@
 
 #include "common/device.cuh"
 #include "common/launch.h"
-#include "common/tune.h"
 
 namespace batchinfer {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kFewTokens = 64;  // so few blocks leave multiprocessors idle: rows are spread wider
 
 // Rows of `size` units; a thread copies kUnits of them, kThreads apart.
 template <typename Unit, int kUnits>
@@ -55,10 +55,9 @@ __global__ void __launch_bounds__(kThreads) feed_tokens_kernel(int* out, const i
 
 void embedding(void* out, const void* weight, const int* token_ids, int64_t tokens, int64_t row_bytes, int64_t weight_stride,
                int start, int stop, bool aligned, cudaStream_t stream) {
-  const auto launcher = !aligned                           ? launch_embedding<uint16_t, 8>
-                        : tune("EMBEDDING_UNITS", 4) == 2 ? launch_embedding<int4, 2>
-                        : tune("EMBEDDING_UNITS", 4) == 1 ? launch_embedding<int4, 1>
-                                                          : launch_embedding<int4, 4>;
+  const auto launcher = !aligned               ? launch_embedding<uint16_t, 8>
+                        : tokens <= kFewTokens ? launch_embedding<int4, 1>
+                                               : launch_embedding<int4, 4>;
   launcher(out, weight, token_ids, tokens, row_bytes, weight_stride, start, stop, stream);
 }
 

@@ -4,17 +4,17 @@
 // pass ("online", Milakov and Gimelshein 2018).
 #include "fused_softmax.h"
 
-#include <type_traits>
-
 #include "common/chunk.cuh"
 #include "common/launch.h"
-#include "common/tune.h"
 
 namespace batchinfer {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr float kLog2E = 1.4426950408889634f;
+
+// Of a block whose rows take `warps` warps each.
+constexpr int threads_of(int warps) { return warps == 1 ? kThreads : warps * kWarp; }
 
 struct Columns {
   int begin, end;  // that the row sees
@@ -62,10 +62,10 @@ __device__ __forceinline__ float row_sum(float x, float* scratch) {
 
 // kWarps warps a row (1, or the whole block), kChunks chunks of 16 bytes of scores a thread. Rows begin on 16 bytes.
 template <typename S, typename P, int kChunks, int kWarps>
-__global__ void __launch_bounds__(kThreads) softmax_kernel(const __grid_constant__ Softmax s) {
+__global__ void __launch_bounds__(threads_of(kWarps)) softmax_kernel(const __grid_constant__ Softmax s) {
   constexpr int kSize = Vector<S>::kSize, kRowThreads = kWarps * kWarp;
-  __shared__ float scratch[2][kThreads / kWarp];
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kRowThreads) + threadIdx.x / kRowThreads;
+  __shared__ float scratch[2][kWarps];
+  const int64_t row = int64_t(blockIdx.x) * (threads_of(kWarps) / kRowThreads) + threadIdx.x / kRowThreads;
   const auto column = [](int i) { return static_cast<int>(i * kRowThreads + threadIdx.x % kRowThreads) * kSize; };
   wait_for_previous();
   let_next_start();
@@ -138,10 +138,16 @@ __global__ void __launch_bounds__(kThreads) online_softmax_kernel(const __grid_c
   const float factor = 1.0f / row_sum<kWarps>(sum == 0.0f ? 0.0f : sum * exp2f(highest - of_row), scratch[1]);
   for (int column = threadIdx.x * kSize; column < s.length; column += kThreads * kSize) {
     const Vector<S> raw = load(column);
+    Probabilities<P, kSize> y;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float y = columns.see(column + j) ? exp2f(to_float(raw.values[j]) * scale - of_row) * factor : 0.0f;
-      if (column + j < s.length) to[column + j] = from_float<P>(y);
+    for (int j = 0; j < kSize; ++j)
+      y.values[j] = from_float<P>(columns.see(column + j) ? exp2f(to_float(raw.values[j]) * scale - of_row) * factor : 0.0f);
+    if constexpr (kAligned) {
+      *reinterpret_cast<Probabilities<P, kSize>*>(to + column) = y;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        if (column + j < s.length) to[column + j] = y.values[j];
     }
   }
 }
@@ -163,26 +169,25 @@ __global__ void __launch_bounds__(kThreads) naive_softmax_kernel(const __grid_co
 
 template <typename S, typename P, int kChunks, int kWarps>
 void launch_rows(const Softmax& s, cudaStream_t stream) {
-  constexpr int kRows = kThreads / (kWarps * kWarp);
-  launch("fused_softmax", softmax_kernel<S, P, kChunks, kWarps>, dim3((s.rows + kRows - 1) / kRows), dim3(kThreads), 0, stream, s);
+  constexpr int kBlock = threads_of(kWarps), kRows = kBlock / (kWarps * kWarp);
+  launch("fused_softmax", softmax_kernel<S, P, kChunks, kWarps>, dim3((s.rows + kRows - 1) / kRows), dim3(kBlock), 0, stream, s);
 }
 
 template <typename S, typename P>
 void launch_softmax(const Softmax& s, cudaStream_t stream) {
-  constexpr int kSize = Vector<S>::kSize, kBlock = kThreads / kWarp;
+  constexpr int kSize = Vector<S>::kSize;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(s.probs) | reinterpret_cast<uintptr_t>(s.scores);
   if (s.length % kSize != 0 || addresses % 16 != 0)
     return launch("fused_softmax", online_softmax_kernel<S, P, false>, dim3(s.rows), dim3(kThreads), 0, stream, s);
-  const int of_warp = s.length <= kSize * kWarp * tune("SOFTMAX_WARP_CHUNKS", 8) ? (s.length + kSize * kWarp - 1) / (kSize * kWarp) : 9;
-  const int of_block = (s.length + kSize * kThreads - 1) / (kSize * kThreads);  // chunks a thread
-  if (of_warp <= 1) return launch_rows<S, P, 1, 1>(s, stream);
-  if (of_warp <= 2) return launch_rows<S, P, 2, 1>(s, stream);
-  if (of_warp <= 4) return launch_rows<S, P, 4, 1>(s, stream);
-  if (of_warp <= 8) return launch_rows<S, P, 8, 1>(s, stream);
-  if (of_block <= 1) return launch_rows<S, P, 1, kBlock>(s, stream);
-  if (of_block <= 2) return launch_rows<S, P, 2, kBlock>(s, stream);
-  if (of_block <= 4) return launch_rows<S, P, 4, kBlock>(s, stream);
-  if (of_block <= 8) return launch_rows<S, P, 8, kBlock>(s, stream);
+  const int chunks = (s.length / kSize + kWarp - 1) / kWarp;  // of a thread, were a warp to take the row
+  if (chunks <= 1) return launch_rows<S, P, 1, 1>(s, stream);
+  if (chunks <= 2) return launch_rows<S, P, 2, 1>(s, stream);
+  if (chunks <= 4) return launch_rows<S, P, 4, 1>(s, stream);
+  if (chunks <= 8) return launch_rows<S, P, 8, 1>(s, stream);
+  if (chunks <= 16) return launch_rows<S, P, 2, 8>(s, stream);
+  if (chunks <= 32) return launch_rows<S, P, 4, 8>(s, stream);
+  if (chunks <= 64) return launch_rows<S, P, 2, 32>(s, stream);
+  if (chunks <= 128) return launch_rows<S, P, 4, 32>(s, stream);
   launch("fused_softmax", online_softmax_kernel<S, P, true>, dim3(s.rows), dim3(kThreads), 0, stream, s);
 }
 

@@ -6,12 +6,12 @@
 
 #include "common/chunk.cuh"
 #include "common/launch.h"
-#include "common/tune.h"
 
 namespace batchinfer {
 namespace {
 
-constexpr int kShortThreads = 256, kMaxThreads = 1024;
+constexpr int kShortThreads = 256, kThreads = 512, kMaxThreads = 1024;
+constexpr int kElements = 16;  // of a long row a thread: fewer threads wait less for each other, more would have too little in flight
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const NormRows& rows, int64_t row, int inner) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ Vector<T> scaled(const Vector<T>& x, float factor, co
 template <typename T, int kChunks, int kThreads, bool kAligned, bool kResidual>
 __global__ void __launch_bounds__(kThreads) long_norm_kernel(const __grid_constant__ Norm norm) {
   using V = Vector<T>;
-  constexpr bool kEarly = kChunks <= 2;  // more would not fit the registers beside the row
+  constexpr bool kEarly = kThreads < kMaxThreads;  // else it would not fit the registers beside the row
   __shared__ float scratch[kWarp];
   const int64_t row = blockIdx.x;
   const int size = norm.size;
@@ -83,43 +83,32 @@ __global__ void __launch_bounds__(kThreads) long_norm_kernel(const __grid_consta
     store_chunk<T, kAligned>(static_cast<T*>(norm.y) + row * size, column(i), size, scaled(x[i], factor, weight[i]));
 }
 
-// kLanes threads a row with a chunk each, and kRows rows for each of them.
-template <typename T, int kLanes, int kRows, bool kResidual>
+// kLanes threads a row with a chunk each.
+template <typename T, int kLanes, bool kResidual>
 __global__ void __launch_bounds__(kShortThreads) short_norm_kernel(const __grid_constant__ Norm norm) {
   using V = Vector<T>;
-  constexpr int kRowsAtOnce = kShortThreads / kLanes;
-  const int size = norm.size, column = threadIdx.x % kLanes * V::kSize;
-  const auto row = [](int i) { return (int64_t(blockIdx.x) * kRows + i) * kRowsAtOnce + threadIdx.x / kLanes; };
+  const int64_t row = int64_t(blockIdx.x) * (kShortThreads / kLanes) + threadIdx.x / kLanes;
+  const int size = norm.size, column = threadIdx.x % kLanes * V::kSize, limit = row < norm.rows ? size : 0;
   const V weight = load_chunk<T, true>(static_cast<const T*>(norm.weight), column, size);
-  V x[kRows], residual[kRows];
   wait_for_previous();
   let_next_start();
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int limit = row(i) < norm.rows ? size : 0;
-    x[i] = load_chunk<T, true>(row_of<T>(norm.x, row(i), norm.inner), column, limit);
-    if constexpr (kResidual) residual[i] = load_chunk<T, true>(row_of<T>(norm.residual, row(i), norm.inner), column, limit);
+  V x = load_chunk<T, true>(row_of<T>(norm.x, row, norm.inner), column, limit);
+  if constexpr (kResidual) {
+    add(x, load_chunk<T, true>(row_of<T>(norm.residual, row, norm.inner), column, limit));
+    store_chunk<T, true>(static_cast<T*>(norm.total) + row * size, column, limit, x);
   }
+  float sum = sum_of_squares(x);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int limit = row(i) < norm.rows ? size : 0;
-    if constexpr (kResidual) {
-      add(x[i], residual[i]);
-      store_chunk<T, true>(static_cast<T*>(norm.total) + row(i) * size, column, limit, x[i]);
-    }
-    float sum = sum_of_squares(x[i]);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-    const float factor = rsqrtf(sum / size + norm.eps);
-    store_chunk<T, true>(static_cast<T*>(norm.y) + row(i) * size, column, limit, scaled(x[i], factor, weight));
-  }
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  const float factor = rsqrtf(sum / size + norm.eps);
+  store_chunk<T, true>(static_cast<T*>(norm.y) + row * size, column, limit, scaled(x, factor, weight));
 }
 
-template <typename T, int kLanes, bool kResidual, int kRows = 2>
+template <typename T, int kLanes, bool kResidual>
 void launch_short(const Norm& norm, cudaStream_t stream) {
-  constexpr int kRowsPerBlock = kRows * kShortThreads / kLanes;
-  const unsigned blocks = (norm.rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  launch("rms_norm", short_norm_kernel<T, kLanes, kRows, kResidual>, dim3(blocks), dim3(kShortThreads), 0, stream, norm);
+  constexpr int kRows = kShortThreads / kLanes;
+  const unsigned blocks = (norm.rows + kRows - 1) / kRows;
+  launch("rms_norm", short_norm_kernel<T, kLanes, kResidual>, dim3(blocks), dim3(kShortThreads), 0, stream, norm);
 }
 
 template <typename T, int kChunks, int kThreads, bool kAligned, bool kResidual>
@@ -133,17 +122,11 @@ template <typename T, bool kResidual>
 void dispatch_size(const Norm& norm, cudaStream_t stream) {
   const int chunks = (norm.size + Vector<T>::kSize - 1) / Vector<T>::kSize;
   if (!norm.aligned) return launch_long<T, 4, kMaxThreads, false, kResidual>(norm, chunks, stream);
-  if (chunks <= 32) {
-    const int rows = tune("NORM_ROWS", 2);
-    if (chunks > 8 && chunks <= 16 && rows == 1) return launch_short<T, 16, kResidual, 1>(norm, stream);
-    if (chunks > 8 && chunks <= 16 && rows == 4) return launch_short<T, 16, kResidual, 4>(norm, stream);
-  }
   if (chunks <= 8) return launch_short<T, 8, kResidual>(norm, stream);
   if (chunks <= 16) return launch_short<T, 16, kResidual>(norm, stream);
   if (chunks <= 32) return launch_short<T, 32, kResidual>(norm, stream);
-  const int least = tune("NORM_CHUNKS", 1);
-  if (chunks <= 512 && least <= 1) return launch_long<T, 1, 512, true, kResidual>(norm, chunks, stream);
-  if (chunks <= 1024 && least <= 2) return launch_long<T, 2, 512, true, kResidual>(norm, chunks, stream);
+  constexpr int kChunks = kElements / Vector<T>::kSize;
+  if (chunks <= kChunks * kThreads) return launch_long<T, kChunks, kThreads, true, kResidual>(norm, chunks, stream);
   launch_long<T, 4, kMaxThreads, true, kResidual>(norm, chunks, stream);
 }
 

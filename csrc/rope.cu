@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) rope_by_element_kernel(const __grid_
 
 template <typename T, int kHeads>
 void launch_rope(const Rope& rope, int lanes, cudaStream_t stream) {
-  const int per_thread = rope.num_heads + 2 * rope.num_kv_heads;
-  const int passes = (per_thread + kHeads - 1) / kHeads;  // groups of threads that kHeads heads each need
+  const int heads = rope.num_heads + 2 * rope.num_kv_heads;
+  const int passes = (heads + kHeads - 1) / kHeads;  // groups of threads that kHeads heads each need
   const int most = kThreads / lanes, blocks = (passes + most - 1) / most, heads_at_once = (passes + blocks - 1) / blocks;
   const unsigned threads = (heads_at_once * lanes + kWarp - 1) / kWarp * kWarp;
   launch("rope_and_cache", rope_kernel<T, kHeads>, dim3(rope.num_tokens, blocks), dim3(threads), 0, stream, rope, lanes,
@@ -128,9 +128,9 @@ void rope_and_cache(const Rope& rope, Dtype dtype, cudaStream_t stream) {
     const int lanes = rope.head_dim / 2 / Vector<T>::kSize;
     if (!rope.aligned || lanes > kThreads)
       return launch("rope_and_cache", rope_by_element_kernel<T>, dim3(rope.num_tokens), dim3(kThreads), 0, stream, rope);
-    const int heads = tune("ROPE_HEADS", rope.num_tokens <= kFewTokens ? 1 : 4);
-    if (heads == 1) return launch_rope<T, 1>(rope, lanes, stream);
-    if (heads == 2) return launch_rope<T, 2>(rope, lanes, stream);
+    if (rope.num_tokens <= kFewTokens) return launch_rope<T, 1>(rope, lanes, stream);
+    if (tune("ROPE_HEADS", 4) == 2) return launch_rope<T, 2>(rope, lanes, stream);
+    if (tune("ROPE_HEADS", 4) == 1) return launch_rope<T, 1>(rope, lanes, stream);
     launch_rope<T, 4>(rope, lanes, stream);
   });
 }

@@ -96,8 +96,13 @@ def _attend(
 
 def _gather(cache: Tensor, numbers: Tensor) -> Tensor:
     """Keys or values of the blocks `numbers` [n, B], heads first as a matrix product wants them: [n * K, L, D]."""
+    by_head = cache.transpose(1, 2)  # [blocks, K, block_size, D]
     heads = torch.arange(cache.shape[2], device=cache.device).view(1, -1, 1)
-    return cache.transpose(1, 2)[numbers.unsqueeze(1), heads].flatten(2, 3).flatten(0, 1)
+    if not by_head.is_contiguous():
+        return by_head[numbers.unsqueeze(1), heads].flatten(2, 3).flatten(0, 1)
+    rows = (numbers.unsqueeze(1) * cache.shape[2] + heads).flatten(1)  # [n, K * B] of blocks * K
+    gathered = by_head.flatten(0, 1).index_select(0, rows.flatten())
+    return gathered.view(len(numbers) * cache.shape[2], -1, cache.shape[3])
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:

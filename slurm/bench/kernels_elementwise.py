@@ -2,7 +2,7 @@
 
     python slurm/bench/kernels_elementwise.py [--rows 1 16 256 512 2048] [--dtypes bfloat16 float32]
 
-Two ceilings are measured in the same run: bytes read and written a second by a copy of 2 GiB, and the time of a copy of as many
+Two ceilings are measured in the same run: bytes read and written a second by a large copy, and the time of a copy of as many
 bytes as the kernel moves (a launch takes some two microseconds before it reaches its rate, a copy's too). Times are medians over
 replays of a CUDA graph of many launches that rotate over input sets, so that at 256 rows and more the L2 cache holds none of
 them; at 1 and 16 rows it holds all. The last two tables set the fused softmax beside the three separate operations and beside
@@ -60,10 +60,11 @@ def microseconds(launch: Launch, sets: int, launches: int = LAUNCHES) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes read and written per microsecond by a copy of 2 GiB."""
+    """Bytes read and written per microsecond by a copy of 2 GiB, or of 128 MiB where that is faster."""
     source = torch.randn(2**29, device="cuda").view(torch.bfloat16)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds(lambda i: target.copy_(source), 1, 4)
+    whole = 2 * source.nbytes / microseconds(lambda i: target.copy_(source), 1, 4)
+    return max(whole, 2**28 / copy_microseconds(2**28))
 
 
 @cache
@@ -174,7 +175,7 @@ def embeddings(rows: int, dtype: torch.dtype) -> Iterator[Case]:
         moved,
         sets,
         lambda i: op(out[i], ids[i], weight, 0, VOCAB),
-        lambda i: torch.nn.functional.embedding(ids[i], weight),
+        lambda i: torch.index_select(weight, 0, ids[i], out=out[i]),
     )
     last, cache = torch.zeros(2048, dtype=torch.int32, device="cuda"), torch.zeros(2**16 + 1, dtype=torch.int32, device="cuda")
     slots, fed = torch.randperm(2**16, device="cuda").int()[:rows], -1 - torch.arange(rows, device="cuda").int()
@@ -265,7 +266,7 @@ def main() -> None:
     load_kernels()
     torch.manual_seed(0)
     rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: a copy of 2 GiB moves {rate / 1e3:,.0f} GB/s")
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: a copy moves {rate / 1e3:,.0f} GB/s")
     print_kernels([name for name in args.families if name in FAMILIES], args.rows, args.dtypes, rate)
     if "softmax" in args.families:
         print_softmax(rate)
