@@ -19,6 +19,7 @@ import torch
 
 from batchinfer.ops.attention import DevicePlan, paged_attention
 from batchinfer.ops.attention_plan import AttentionShape, plan_attention, with_tuning
+from batchinfer.ops.library import load_kernels
 
 BLOCK, DIM = 16, 128
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
+    load_kernels()
     ceiling = streaming_rate()
     print(f"{torch.cuda.get_device_name()}: sum over 2 GiB reads {ceiling / 1e9:.0f} GB/s")
     for case in CASES:
