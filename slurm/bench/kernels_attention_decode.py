@@ -19,6 +19,7 @@ import torch
 
 from batchinfer.ops.attention import DevicePlan, paged_attention
 from batchinfer.ops.attention_plan import AttentionShape, plan_attention, with_tuning
+from batchinfer.ops.library import load_kernels
 
 BLOCK, DIM = 16, 128
 
@@ -31,9 +32,12 @@ class Case:
     kv_heads: int
     dim: int = DIM
     dtype: torch.dtype = torch.bfloat16
+    prefix: int = 0  # tokens that all rows share
 
     def bytes(self) -> int:
-        return sum(self.contexts) * self.kv_heads * self.dim * 2 * 2
+        """What must be read: a shared prefix once."""
+        tokens = sum(self.contexts) - self.prefix * (len(self.contexts) - 1)
+        return tokens * self.kv_heads * self.dim * 2 * 2
 
 
 def ragged(rows: int, low: int, high: int, seed: int = 0) -> list[int]:
@@ -59,6 +63,9 @@ CASES = [
     Case("1 row 256 G=4", [256], 32, 8),
     Case("1 row 2048 MHA", [2048], 32, 32),
     Case("1 row 16384 G=4", [16384], 32, 8),
+    Case("shared 1024, 200 rows MHA", ragged(200, 1040, 1400), 32, 32, prefix=1024),
+    Case("shared 1024, 200 rows G=4", ragged(200, 1040, 1400), 32, 8, prefix=1024),
+    Case("shared 2048, 8 rows MHA", ragged(8, 2100, 2300), 32, 32, prefix=2048),
 ]
 
 CUTS: list[dict[str, int]] = [{"waves": 1}, {"waves": 4}, {"min_piece": 2**20}]
@@ -101,7 +108,7 @@ class Inputs:
     @classmethod
     def of(cls, case: Case) -> Inputs:
         needed = [-(-c // BLOCK) for c in case.contexts]
-        bytes_each = sum(needed) * BLOCK * case.kv_heads * case.dim * 4
+        bytes_each = case.bytes()
         sets = 1 + int(120e6 // bytes_each)
         blocks = sum(needed) * sets + 1
         generator = torch.Generator("cuda").manual_seed(0)
@@ -115,6 +122,7 @@ class Inputs:
             for row, count in enumerate(needed):
                 table[row, :count] = ids[begin : begin + count]
                 begin += count
+            table[:, : case.prefix // BLOCK] = table[0, : case.prefix // BLOCK]
             tables.append(table)
         return cls(case, q, cache, tables)
 
@@ -142,8 +150,8 @@ class Inputs:
 
 def line(name: str, us: float, moved: int, ceiling: float, plan: DevicePlan) -> str:
     rate = moved / us * 1e6
-    cut = f"parts {plan.counts.parts} x {plan.warps} warps, combined {plan.counts.combine_rows}"
-    return f"{name:24} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
+    cut = f"parts {plan.counts.parts} x {plan.warps} warps, tiles {plan.counts.tiles}, combined {plan.counts.combine_rows}"
+    return f"{name:26} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
 
 
 def main() -> None:
@@ -151,10 +159,11 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
+    load_kernels()
     ceiling = streaming_rate()
     print(f"{torch.cuda.get_device_name()}: sum over 2 GiB reads {ceiling / 1e9:.0f} GB/s")
     for case in CASES:
-        if options.only not in case.name:
+        if options.only not in case.name or (case.prefix and not hasattr(torch.ops.batchinfer, "tile_attention")):
             continue
         inputs = Inputs.of(case)
         settings: list[dict[str, int]] = [{}]
