@@ -40,7 +40,7 @@ class Rows:
         values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
 
         def tensor(name: str, value: object) -> Tensor:
-            made = value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.float64)  # type: ignore[call-overload]
+            made = value if isinstance(value, Tensor) else torch.tensor([value] * rows, dtype=torch.float64)
             return made.to("cuda", torch.int32 if name == "top_k" else torch.float64)
 
         made = {name: tensor(name, value) for name, value in values.items()}
