@@ -2,8 +2,8 @@
 // mostly from the L2 cache, and there the integer arithmetic of Philox takes about as long as memory does.
 //
 // A token's noise is computed only if the token can still win. Of every 16 bytes of logits, the best score and the highest noise
-// there is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest word's
-// noise that takes one logarithm. Both are bounds from above with a margin for rounding, so no draw changes.
+// there is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest
+// word's noise that takes one logarithm. Both are bounds from above with a margin for rounding, so no draw changes.
 #include "sampling.h"
 
 #include <cfloat>
