@@ -1,5 +1,5 @@
-// Greedy and random choice of tokens. Bound by memory: greedy reads every logit once. Drawing reads a row twice, the second time
-// mostly from the L2 cache, and there the integer arithmetic of Philox takes about as long as memory does.
+// Greedy and random choice of tokens. Greedy reads every logit once, bound by memory. Drawing reads a row twice, the second time
+// partly from the L2 cache, and is bound by the integer arithmetic of Philox there.
 //
 // A token's noise is computed only if the token can still win. Of every 16 bytes of logits, the best score and the highest noise
 // there is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest
@@ -17,12 +17,6 @@ namespace {
 
 constexpr float kMargin = 1e-4f;    // far above the rounding of a bound, which is below 2e-5
 constexpr float kAboveZero = 8.0f;  // added to sums of score and noise, so that as floats they are ordered like integers
-
-// A call of its own for its registers.
-template <typename T>
-__device__ __noinline__ Wide highest_apart(const Slice<T> slice) {
-  return highest_of_thread<8>(slice);
-}
 
 // How a row is drawn.
 struct Row {
@@ -49,9 +43,9 @@ struct Words {
   static constexpr int kGroups = Packed<T>::kSize / 4;
   uint4 groups[kGroups];
 
-  __device__ __forceinline__ Words(const Philox& philox, int first) {
+  __device__ __forceinline__ Words(const Row& row, int first) {
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) groups[i] = philox.words(uint32_t(first) / 4 + i);
+    for (int i = 0; i < kGroups; ++i) groups[i] = random_words(first / 4 + i, row.position, row.seed);
   }
   __device__ __forceinline__ uint32_t operator[](int i) const {
     const uint4& group = groups[i / 4];
@@ -78,7 +72,7 @@ __device__ __noinline__ void raise_bar(const Slice<T> slice, Block& block) {
   float best = kLeastNoise;
   if (first < slice.end) {
     const Packed<T> v = slice.load(first);
-    const Words<T> words(Philox(row.position, row.seed), first);
+    const Words<T> words(row, first);
 #pragma unroll
     for (int i = 0; i < Slice<T>::kSize; ++i) {
       const float score = row.about(v[i]);
@@ -94,7 +88,7 @@ __device__ __noinline__ void raise_bar(const Slice<T> slice, Block& block) {
 template <typename T>
 __device__ __noinline__ Wide better_of(const Packed<T> v, int first, Block& block, Wide best) {
   const Row row = block.row;
-  const Words<T> words(Philox(row.position, row.seed), first);
+  const Words<T> words(row, first);
   const float bar = bar_of(block.bar);
   unsigned promising = 0;
 #pragma unroll
@@ -118,11 +112,9 @@ __device__ __noinline__ Wide better_of(const Packed<T> v, int first, Block& bloc
 // The highest sum of score and noise of a thread's tokens, with its token. From the end of the slice to its beginning: what was
 // read last, for the maximum, is still in the L2 cache. The bar is read ahead, as logits are; an older one is lower.
 template <typename T>
-__device__ __noinline__ Wide draw_of_thread(const Slice<T> slice, Block& block) {
+__device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, Block& block) {
   const Row row = block.row;
   const float floor = row.farthest() * (1.0f + 1e-5f) - kMargin;
-  Philox philox(row.position, row.seed);
-  philox.hold_keys();
   uint32_t bar_address = uint32_t(__cvta_generic_to_shared(&block.bar));
   asm volatile("mov.u32 %0, %0;" : "+r"(bar_address));  // or it is computed anew every time
   const auto read_bar = [bar_address] {
@@ -143,7 +135,7 @@ __device__ __noinline__ Wide draw_of_thread(const Slice<T> slice, Block& block) 
     if (first >= slice.begin) next = slice.load(first);
     next_bar = read_bar();
     if (score < fmaxf(bar - kMostNoise, floor)) continue;
-    if (score + most_noise(Words<T>(philox, at).highest()) < bar) continue;
+    if (score + most_noise(Words<T>(row, at).highest()) < bar) continue;
     best = better_of(v, at, block, best);
   }
   return best;
@@ -179,7 +171,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   const Slice<T> slice = slice_of(logits, stride, size, index, split, splits);
   wait_for_previous();
   let_next_start();
-  const Wide mine = highest_apart(slice);
+  const Wide mine = highest_of_thread<4>(slice);
   cluster.wait_for_all();
   const Wide highest = cluster.max(mine);
   const bool is_broken = highest >> 32 == 0xffffffffu;

@@ -15,34 +15,18 @@ __device__ __forceinline__ uint2 multiply(uint32_t a, uint32_t b) {
   return p;
 }
 
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of a row: the words of tokens 4 * group ... 4 * group + 3 are those of counter
-// (group, position, 0, 0), with the row's seed as key.
-struct Philox {
-  static constexpr int kRounds = 10;
-  uint32_t position;
-  uint2 keys[kRounds];
-
-  __device__ __forceinline__ Philox(uint32_t position, uint2 seed) : position(position) {
+// Words for tokens 4 * group ... 4 * group + 3: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of counter (group, position,
+// 0, 0), with the seed as key.
+__device__ __forceinline__ uint4 random_words(uint32_t group, uint32_t position, uint2 seed) {
+  uint4 c = {group, position, 0, 0};
 #pragma unroll
-    for (uint32_t i = 0; i < kRounds; ++i) keys[i] = {seed.x + i * 0x9E3779B9u, seed.y + i * 0xBB67AE85u};
+  for (uint32_t round = 0; round < 10; ++round) {
+    const uint2 first = multiply(c.x, 0xD2511F53u), second = multiply(c.z, 0xCD9E8D57u);
+    const uint32_t k0 = seed.x + round * 0x9E3779B9u, k1 = seed.y + round * 0xBB67AE85u;
+    c = {second.y ^ c.y ^ k0, second.x, first.y ^ c.w ^ k1, first.x};
   }
-
-  // Makes the compiler hold all keys in registers: it would add them up again for every use.
-  __device__ __forceinline__ void hold_keys() {
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) asm volatile("" : "+r"(keys[i].x), "+r"(keys[i].y));
-  }
-
-  __device__ __forceinline__ uint4 words(uint32_t group) const {
-    uint4 c = {group, position, 0, 0};
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const uint2 first = multiply(c.x, 0xD2511F53u), second = multiply(c.z, 0xCD9E8D57u);
-      c = {second.y ^ c.y ^ keys[i].x, second.x, first.y ^ c.w ^ keys[i].y, first.x};
-    }
-    return c;
-  }
-};
+  return c;
+}
 
 // -log(-log u) for u = (word + 0.5) / 2^32. Near 1, float32 has no digits left for u but all of them for 1 - u, which is exact
 // in integers: 1 - u = (~word + 0.5) / 2^32.
