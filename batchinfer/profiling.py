@@ -105,7 +105,7 @@ def _profile_rank(config: Config, folder: Path) -> int:
             serve(build_runner(config, shape, parallel, device))
             return 0
         if config.profile.memory_snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
         engine = build_engine(config, shape, parallel, device)
         try:
             seen = watch(engine, config, shape.vocab_size, device, folder)
@@ -143,7 +143,7 @@ def watch(engine: Engine, config: Config, vocab_size: int, device: torch.device,
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     annotate(engine, torch.profiler.record_function)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         work.run(SETTLING_STEPS)
         with torch.profiler.record_function(WINDOW):
             stats, watched_s = _timed(work, config.profile.steps)
