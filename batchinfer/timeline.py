@@ -42,7 +42,11 @@ CATEGORIES = tuple(
             r"|^aten::(add)?(mm|bmm|mv)$|^aten::(linear|matmul|baddbmm|dot|mkldnn_linear)",
         ),
         ("norms and elementwise", r"[Nn]orm|rope|rotary|silu|embedding"),
-        ("copies", r"feed_tokens|[Cc]opy|CatArray|DeviceSelect|DeviceCompact|index|[Gg]ather|[Ss]catter|^aten::(cat|stack|repeat_interleave)"),
+        (
+            "copies",
+            r"feed_tokens|[Cc]opy|CatArray|DeviceSelect|DeviceCompact|index|[Gg]ather|[Ss]catter"
+            r"|^aten::(cat|stack|repeat_interleave)",
+        ),
         (
             "norms and elementwise",
             r"elementwise|reduce_kernel|DeviceReduce|[Ff]ill"
