@@ -226,6 +226,7 @@ class ProfileConfig:
     output_tokens: int | None = _key(
         None, THROUGHPUT, "mean length of a completion, drawn likewise; default: 288 if they fit", minimum=8
     )
+    shared_prefix_len: int = _key(0, THROUGHPUT, "tokens that all prompts begin with, before their own", minimum=0)
     warmup_steps: int = _key(10, THROUGHPUT, "steps before, when every sequence is running", minimum=1)
     steps: int = _key(20, THROUGHPUT, "steps in the trace", minimum=1)
     nsys: bool = _key(False, THROUGHPUT, "record with Nsight Systems instead of torch.profiler")
