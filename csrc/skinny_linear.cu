@@ -1,7 +1,7 @@
 // Matrix products of few rows. Bound by memory: the weights are read once, and next to nothing else is.
 //
-// One block for each multiprocessor, small enough that two fit: the next product's block begins to read its weights (which
-// depend on nothing) while this one ends.
+// One block for each multiprocessor. The next kernel is let start when a block has begun its last reads, so that its own first
+// reads of weights (which depend on nothing) keep the memory busy while this one ends.
 #include "skinny_linear.h"
 
 #include <cstdio>
@@ -14,14 +14,14 @@ namespace batchinfer {
 namespace {
 
 struct Tuning {
-  bool interleave, wide;
-  int prefetch;
-  int carveout;
+  int early;
+  bool rotate, pair, sync;
 };
 
-// Adds the partial sums [warps][rows][R * 16 + pad] of all warps and stores the outputs of `count` tiles from `pass` on.
+// Adds the partial sums [warps][rows][R * 16 + pad] of all warps and stores the outputs of the pass that begins with `first`.
 template <typename T, int kTiles, int kWarps>
-__device__ __forceinline__ void store_outputs(const SkinnyLinear& p, const Tiles& tiles, const float* partial, int pass, int count) {
+__device__ __forceinline__ void store_outputs(const SkinnyLinear& p, const Outputs& outputs, const float* partial, int first,
+                                              int end) {
   constexpr int kStride = kTiles * kTileRows + kRowPad;
   const int warp_stride = p.rows * kStride;
   const T* bias = static_cast<const T*>(p.bias);
@@ -31,24 +31,24 @@ __device__ __forceinline__ void store_outputs(const SkinnyLinear& p, const Tiles
     for (int w = 0; w < kWarps; ++w) sum += partial[w * warp_stride + m * kStride + j];
     return bias == nullptr ? sum : sum + to_float(bias[row]);
   };
-  const int span = tiles.span, columns = kTiles * span;
+  const int columns = kTiles * outputs.tile, all = p.silu_and_mul ? p.weight_rows / 2 : p.weight_rows;
   for (int i = threadIdx.x; i < p.rows * columns; i += kWarps * kWarp) {
-    const int m = i / columns, j = i % columns, output = pass * span + j;
-    if (j >= count * span || output >= tiles.limit) continue;
+    const int m = i / columns, j = i % columns, output = first + j;
+    if (output >= end) continue;
     T y;
     if (p.silu_and_mul) {
       const int at = j / 8 * kTileRows + j % 8;
       const float gate = to_float(from_float<T>(total(m, at, output)));
-      const float up = to_float(from_float<T>(total(m, at + 8, tiles.second + output)));
+      const float up = to_float(from_float<T>(total(m, at + 8, outputs.upper_row + output)));
       y = from_float<T>(gate / (1.0f + __expf(-gate)) * up);
     } else {
       y = from_float<T>(total(m, j, output));
     }
-    static_cast<T*>(p.out)[int64_t(m) * tiles.limit + output] = y;
+    static_cast<T*>(p.out)[int64_t(m) * all + output] = y;
   }
 }
 
-template <int kColumns, int kTiles>
+template <int kTiles, int kColumns>
 __device__ __forceinline__ void store_partial(float* partial, int rows, const float (&sums)[kTiles][kColumns][4]) {
   constexpr int kStride = kTiles * kTileRows + kRowPad;
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -66,103 +66,125 @@ __device__ __forceinline__ void store_partial(float* partial, int rows, const fl
     }
 }
 
-template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, bool kNorm>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) skinny_linear_kernel(const SkinnyLinear p, const Tuning tuning) {
+template <int kTiles>
+__host__ __device__ constexpr int partial_floats(int rows) { return rows * (kTiles * kTileRows + kRowPad); }
+
+__host__ __device__ constexpr int partial_buffers(int rows) { return rows <= 4 ? 2 : 1; }
+
+// kAhead: how many units of x are loaded ahead into registers; 0: x lies in shared memory.
+template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, int kAhead, int kNorm>
+__global__ void __launch_bounds__(kWarps* kWarp, kTiles * kDepth <= 6 ? 2 : 1)
+    skinny_linear_kernel(const SkinnyLinear p, const Tuning tuning) {
   extern __shared__ __align__(128) char shared[];
-  constexpr int kBuffers = kColumns == 1 ? 2 : 1;
-  const int warp = threadIdx.x / kWarp, units = p.size / kUnit;
-  float* partial = reinterpret_cast<float*>(shared + kWarps * kDepth * kStage);
-  const int buffer = kWarps * p.rows * (kTiles * kTileRows + kRowPad);
-  char* normed = reinterpret_cast<char*>(partial + kBuffers * buffer);
-  const int normed_bytes = p.size * 2 + kXPad;
+  constexpr int kRing = kDepth * kTiles * kPiece, kUnroll = kAhead > 0 ? kAhead : 1;
+  const int warp = threadIdx.x / kWarp;
+  float* partial = reinterpret_cast<float*>(shared + kWarps * kRing);
+  const int buffers = partial_buffers(p.rows), buffer = kWarps * partial_floats<kTiles>(p.rows);
+  char* staged = reinterpret_cast<char*>(partial + buffers * buffer);
+  const int staged_bytes = p.size * 2 + kXPad;
 
-  const Tiles tiles(p);
-  const int first_tile = int64_t(tiles.count()) * blockIdx.x / gridDim.x;
-  const int end_tile = int64_t(tiles.count()) * (blockIdx.x + 1) / gridDim.x;
-  const int first = tuning.interleave ? warp : warp * units / kWarps;
-  const int end = tuning.interleave ? units : (warp + 1) * units / kWarps;
-  const int step = tuning.interleave ? kWarps : 1;
-  WeightRing<kDepth, kTiles> ring{static_cast<const char*>(p.weight), int64_t(p.size) * 2, tiles,
-                                  {first_tile, first < end ? end_tile : first_tile, 0, first, first, end, step},
-                                  shared_address(shared) + warp * kDepth * kStage};
-  ring.wide = tuning.wide;
-  for (int i = 0; i < kDepth - 1; ++i) ring.begin_copy();
-  ring.prefetch(tuning.prefetch);
-  if (kNorm)
-    for (int k = threadIdx.x * kUnit; k < p.size; k += kWarps * kWarp * kUnit)
-      prefetch_line(static_cast<const T*>(p.norm_weight) + k);
-  let_next_start();
-  wait_for_previous();
-  if constexpr (kNorm) norm_rows<T, kWarps * kWarp>(p, normed, normed_bytes, partial);
-
+  const Outputs outputs(p);
+  const Share share = Share::of_warp<kWarps>(warp, p.size, tuning.rotate, tuning.pair);
+  WeightRing<kTiles, kDepth> ring(p, outputs, share, shared_address(shared) + warp * kRing, tuning.early);
   const T* x = static_cast<const T*>(p.x);
-  XFragments<kColumns> now, later;
-  if (!kNorm && first < end) later.load_global(x, p.x_stride, p.rows, first);
-  int which = 0;
-  for (int pass = first_tile; pass < end_tile; pass += kTiles) {
-    const int count = min(kTiles, end_tile - pass);
-    float sums[kTiles][kColumns][4] = {};
-    for (int unit = first; unit < end; unit += step) {
-      if constexpr (kNorm) {
-        now.load_shared_rows(shared_address(normed), normed_bytes, p.rows, unit);
-      } else {
-        now = later;
-        later.load_global(x, p.x_stride, p.rows, unit + step < end ? unit + step : first);
-      }
+  XFragments<kColumns> xs[kUnroll];
+  if constexpr (kNorm > 0) {
+    const RowNorm<T, kWarps * kWarp, kNorm> norm(p);
+    wait_for_previous();
+    norm.run(p, staged, staged_bytes, partial);
+  } else if constexpr (kAhead == 0) {
+    wait_for_previous();
+    copy_rows<T, kWarps * kWarp>(p, staged, staged_bytes);
+  } else {
+    wait_for_previous();
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r)
-        if (r < count) multiply_piece<T, kColumns>(sums[r], ring.next(), now);
+    for (int a = 0; a < kAhead; ++a)
+      if (a < share.count) xs[a].load_global(x, p.x_stride, p.rows, share.unit(a));
+  }
+  int which = 0;
+  const int per_pass = outputs.per_pass<kTiles>();
+  for (int first = outputs.first; first < outputs.end; first += per_pass) {
+    float sums[kTiles][kColumns][4] = {};
+    for (int base = 0; base < share.count; base += kUnroll) {
+#pragma unroll
+      for (int a = 0; a < kUnroll; ++a) {
+        if (base + a >= share.count) break;
+        if constexpr (kAhead == 0) xs[a].load_staged(shared_address(staged), staged_bytes, p.rows, share.unit(base));
+        WeightFragments<kTiles> w;
+        ring.take(w);
+        multiply<T, kTiles, kColumns>(sums, w, xs[a]);
+        if constexpr (kAhead > 0) {
+          const int next = base + a + kAhead < share.count ? base + a + kAhead : a;  // after the last: the next pass's first
+          xs[a].load_global(x, p.x_stride, p.rows, share.unit(next));
+        }
+        if (tuning.sync && (base + a) % 4 == 3 && base + a + 1 <= p.size / kUnit / kWarps) __syncthreads();
+      }
     }
     float* buffered = partial + which * buffer;
-    store_partial<kColumns, kTiles>(buffered + warp * (buffer / kWarps), p.rows, sums);
+    store_partial<kTiles, kColumns>(buffered + warp * (buffer / kWarps), p.rows, sums);
     __syncthreads();
-    store_outputs<T, kTiles, kWarps>(p, tiles, buffered, pass, count);
-    if (kBuffers == 1) __syncthreads();
-    which ^= kBuffers - 1;
+    store_outputs<T, kTiles, kWarps>(p, outputs, buffered, first, min(outputs.end, first + per_pass));
+    if (buffers == 1) __syncthreads();
+    which ^= buffers - 1;
   }
 }
 
-template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, bool kNorm>
+template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, int kAhead, int kNorm>
 void run(const SkinnyLinear& p, const Tuning& tuning, cudaStream_t stream) {
-  const int buffers = kColumns == 1 ? 2 : 1;
-  size_t smem = kWarps * kDepth * kStage + buffers * kWarps * p.rows * (kTiles * kTileRows + kRowPad) * sizeof(float);
-  if (kNorm) smem += size_t(p.rows) * (p.size * 2 + kXPad);
-  auto* kernel = skinny_linear_kernel<T, kColumns, kTiles, kDepth, kWarps, kNorm>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, tuning.carveout ? 100 : -1), "carveout");
-  launch("skinny_linear", skinny_linear_kernel<T, kColumns, kTiles, kDepth, kWarps, kNorm>, dim3(num_multiprocessors()),
-         dim3(kWarps * kWarp), smem, stream, p, tuning);
+  size_t smem = kWarps * (kDepth * kTiles * kPiece + partial_buffers(p.rows) * partial_floats<kTiles>(p.rows) * sizeof(float));
+  if (kAhead == 0) smem += size_t(p.rows) * (p.size * 2 + kXPad);
+  auto* kernel = skinny_linear_kernel<T, kColumns, kTiles, kDepth, kWarps, kAhead, kNorm>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "carveout");
+  launch("skinny_linear", kernel, dim3(num_multiprocessors()), dim3(kWarps * kWarp), smem, stream, p, tuning);
 }
 
 }  // namespace
 
 void skinny_linear(const SkinnyLinear& p, Dtype dtype, cudaStream_t stream) {
-  int tiles = 2, depth = 6, warps = 8, interleave = 1, wide = 0, prefetch = 0, carveout = 1;
+  // staged: tiles, depth; streamed 1: tiles, depth, ahead; streamed 2: same; early; stage limit KB; rotate, pair, sync
+  int v[13] = {1, 5, 2, 3, 3, 2, 2, 2, 1000000, 46, 0, 0, 0};
   if (const char* text = std::getenv("BATCHINFER_SKINNY"))
-    std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d", &tiles, &depth, &warps, &interleave, &wide, &prefetch, &carveout);
-  const Tuning tuning{interleave != 0, wide != 0, prefetch, carveout};
+    std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d", v, v + 1, v + 2, v + 3, v + 4, v + 5, v + 6, v + 7, v + 8, v + 9,
+                v + 10, v + 11, v + 12);
+  const Tuning tuning{v[8], v[10] != 0, v[11] != 0, v[12] != 0};
+  const bool norm = p.norm_weight != nullptr, staged = norm || (p.rows <= 8 && int64_t(p.rows) * p.size * 2 <= v[9] * 1024);
   dispatch_half(dtype, [&](auto zero) {
     using T = decltype(zero);
+    constexpr bool kAll = std::is_same_v<T, __nv_bfloat16>;
+    const int columns = p.rows <= 8 ? 1 : 2;
+    const int* at = staged ? v : columns == 1 ? v + 2 : v + 5;
+    const int tiles = at[0], depth = at[1], ahead = staged ? 0 : at[2];
     bool done = false;
-    auto consider = [&]<int kTiles, int kDepth, int kWarps>() {
-      if (done || tiles != kTiles || depth != kDepth || warps != kWarps) return;
-      done = true;
-      if (p.norm_weight != nullptr)
-        run<T, 1, kTiles, kDepth, kWarps, true>(p, tuning, stream);
-      else if (p.rows <= 8)
-        run<T, 1, kTiles, kDepth, kWarps, false>(p, tuning, stream);
-      else
-        run<T, 2, kTiles, kDepth, kWarps, false>(p, tuning, stream);
+    auto consider = [&]<int kColumns, int kTiles, int kDepth, int kAhead>() {
+      if (done || columns != kColumns || tiles != kTiles || depth != kDepth || ahead != kAhead) return;
+      if constexpr (kAhead == 0)
+        if (norm) {
+          const int vectors = ((p.rows == 3 ? 4 : p.rows) * p.size + 2047) / 2048;
+          if (vectors <= 2)
+            run<T, kColumns, kTiles, kDepth, 8, kAhead, 2>(p, tuning, stream);
+          else if (vectors <= 4)
+            run<T, kColumns, kTiles, kDepth, 8, kAhead, 4>(p, tuning, stream);
+          else
+            run<T, kColumns, kTiles, kDepth, 8, kAhead, 8>(p, tuning, stream);
+          done = true;
+        }
+      if (!done) run<T, kColumns, kTiles, kDepth, 8, kAhead, 0>(p, tuning, stream), done = true;
     };
-    consider.template operator()<2, 6, 8>();
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      consider.template operator()<1, 6, 8>();
-      consider.template operator()<4, 5, 8>();
-      consider.template operator()<2, 4, 8>();
-      consider.template operator()<2, 12, 8>();
-      consider.template operator()<1, 12, 4>();
-      consider.template operator()<2, 12, 4>();
-      consider.template operator()<4, 12, 4>();
-      consider.template operator()<2, 24, 4>();
+    consider.template operator()<1, 1, 5, 0>();
+    consider.template operator()<1, 2, 3, 3>();
+    consider.template operator()<2, 2, 2, 2>();
+    if constexpr (kAll) {
+      consider.template operator()<1, 1, 6, 0>();
+      consider.template operator()<1, 2, 3, 0>();
+      consider.template operator()<1, 2, 5, 0>();
+      consider.template operator()<1, 4, 2, 0>();
+      consider.template operator()<1, 2, 5, 4>();
+      consider.template operator()<1, 4, 2, 2>();
+      consider.template operator()<1, 4, 2, 3>();
+      consider.template operator()<1, 1, 5, 4>();
+      consider.template operator()<2, 2, 5, 2>();
+      consider.template operator()<2, 4, 2, 2>();
+      consider.template operator()<2, 1, 5, 3>();
     }
     if (!done) throw std::invalid_argument("no such skinny variant");
   });

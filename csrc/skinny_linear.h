@@ -10,6 +10,7 @@ namespace batchinfer {
 
 constexpr int kSkinnyMaxRows = 16;
 constexpr int kSkinnyMaxNormRows = 4;
+constexpr int kSkinnyMaxNormed = 16384;  // elements of the normed rows, 3 rows counting as 4
 
 // y = x weight^T + bias, for x [rows, size] whose rows lie `x_stride` elements apart, weight [weight_rows, size] and out
 // [rows, outputs] without gaps. `size` is a multiple of 64.
