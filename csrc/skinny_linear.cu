@@ -13,13 +13,10 @@
 namespace batchinfer {
 namespace {
 
-struct Tuning {
-  int early;
-  bool rotate, pair, sync;
-};
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 
 // Adds the partial sums [warps][rows][R * 16 + pad] of all warps and stores the outputs of the pass that begins with `first`.
-template <typename T, int kTiles, int kWarps>
+template <typename T, int kTiles>
 __device__ __forceinline__ void store_outputs(const SkinnyLinear& p, const Outputs& outputs, const float* partial, int first,
                                               int end) {
   constexpr int kStride = kTiles * kTileRows + kRowPad;
@@ -32,7 +29,7 @@ __device__ __forceinline__ void store_outputs(const SkinnyLinear& p, const Outpu
     return bias == nullptr ? sum : sum + to_float(bias[row]);
   };
   const int columns = kTiles * outputs.tile, all = p.silu_and_mul ? p.weight_rows / 2 : p.weight_rows;
-  for (int i = threadIdx.x; i < p.rows * columns; i += kWarps * kWarp) {
+  for (int i = threadIdx.x; i < p.rows * columns; i += kThreads) {
     const int m = i / columns, j = i % columns, output = first + j;
     if (output >= end) continue;
     T y;
@@ -71,120 +68,95 @@ __host__ __device__ constexpr int partial_floats(int rows) { return rows * (kTil
 
 __host__ __device__ constexpr int partial_buffers(int rows) { return rows <= 4 ? 2 : 1; }
 
-// kAhead: how many units of x are loaded ahead into registers; 0: x lies in shared memory.
-template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, int kAhead, int kNorm>
-__global__ void __launch_bounds__(kWarps* kWarp, kTiles * kDepth <= 6 ? 2 : 1)
-    skinny_linear_kernel(const SkinnyLinear p, const Tuning tuning) {
+// kColumns: blocks of 8 rows of x. kNorm: 0, or how many vectors of x a thread norms; x then stays in shared memory, while else
+// it comes through the rings.
+template <typename T, int kColumns, int kTiles, int kDepth, int kNorm>
+__global__ void __launch_bounds__(kThreads, 1) skinny_linear_kernel(const SkinnyLinear p) {
+  using Feed = Ring<kTiles, kDepth, (kNorm > 0 ? 0 : kColumns)>;
   extern __shared__ __align__(128) char shared[];
-  constexpr int kRing = kDepth * kTiles * kPiece, kUnroll = kAhead > 0 ? kAhead : 1;
-  const int warp = threadIdx.x / kWarp;
-  float* partial = reinterpret_cast<float*>(shared + kWarps * kRing);
+  const int warp = threadIdx.x / kWarp, ring_bytes = kDepth * Feed::stage_bytes(p.rows);
+  float* partial = reinterpret_cast<float*>(shared + kWarps * ring_bytes);
   const int buffers = partial_buffers(p.rows), buffer = kWarps * partial_floats<kTiles>(p.rows);
-  char* staged = reinterpret_cast<char*>(partial + buffers * buffer);
-  const int staged_bytes = p.size * 2 + kXPad;
+  const unsigned normed = shared_address(partial + buffers * buffer);
+  const int normed_bytes = p.size * 2 + kXPad;
 
+  let_next_start();
   const Outputs outputs(p);
-  const Share share = Share::of_warp<kWarps>(warp, p.size, tuning.rotate, tuning.pair);
-  WeightRing<kTiles, kDepth> ring(p, outputs, share, shared_address(shared) + warp * kRing, tuning.early);
-  const T* x = static_cast<const T*>(p.x);
-  XFragments<kColumns> xs[kUnroll];
+  const Share share(warp, kWarps, p.size);
+  Feed ring(p, outputs, share, shared_address(shared) + warp * ring_bytes);
   if constexpr (kNorm > 0) {
-    const RowNorm<T, kWarps * kWarp, kNorm> norm(p);
+    const RowNorm<T, kThreads, kNorm> norm(p);
     wait_for_previous();
-    norm.run(p, staged, staged_bytes, partial);
-  } else if constexpr (kAhead == 0) {
-    wait_for_previous();
-    copy_rows<T, kWarps * kWarp>(p, staged, staged_bytes);
+    norm.run(p, normed, normed_bytes, partial);
   } else {
     wait_for_previous();
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (a < share.count) xs[a].load_global(x, p.x_stride, p.rows, share.unit(a));
+    ring.begin_x();
   }
   int which = 0;
   const int per_pass = outputs.per_pass<kTiles>();
   for (int first = outputs.first; first < outputs.end; first += per_pass) {
     float sums[kTiles][kColumns][4] = {};
-    for (int base = 0; base < share.count; base += kUnroll) {
-#pragma unroll
-      for (int a = 0; a < kUnroll; ++a) {
-        if (base + a >= share.count) break;
-        if constexpr (kAhead == 0) xs[a].load_staged(shared_address(staged), staged_bytes, p.rows, share.unit(base));
-        WeightFragments<kTiles> w;
-        ring.take(w);
-        multiply<T, kTiles, kColumns>(sums, w, xs[a]);
-        if constexpr (kAhead > 0) {
-          const int next = base + a + kAhead < share.count ? base + a + kAhead : a;  // after the last: the next pass's first
-          xs[a].load_global(x, p.x_stride, p.rows, share.unit(next));
-        }
-        if (tuning.sync && (base + a) % 4 == 3 && base + a + 1 <= p.size / kUnit / kWarps) __syncthreads();
-      }
+    for (int i = 0; i < share.count; ++i) {
+      WeightFragments<kTiles> w;
+      XFragments<kColumns> x;
+      if constexpr (kNorm > 0) load_normed<kColumns>(x, normed, normed_bytes, p.rows, share.unit(i));
+      ring.take(w, x);
+      multiply<T, kTiles, kColumns>(sums, w, x);
     }
     float* buffered = partial + which * buffer;
     store_partial<kTiles, kColumns>(buffered + warp * (buffer / kWarps), p.rows, sums);
     __syncthreads();
-    store_outputs<T, kTiles, kWarps>(p, outputs, buffered, first, min(outputs.end, first + per_pass));
+    store_outputs<T, kTiles>(p, outputs, buffered, first, min(outputs.end, first + per_pass));
     if (buffers == 1) __syncthreads();
     which ^= buffers - 1;
   }
 }
 
-template <typename T, int kColumns, int kTiles, int kDepth, int kWarps, int kAhead, int kNorm>
-void run(const SkinnyLinear& p, const Tuning& tuning, cudaStream_t stream) {
-  size_t smem = kWarps * (kDepth * kTiles * kPiece + partial_buffers(p.rows) * partial_floats<kTiles>(p.rows) * sizeof(float));
-  if (kAhead == 0) smem += size_t(p.rows) * (p.size * 2 + kXPad);
-  auto* kernel = skinny_linear_kernel<T, kColumns, kTiles, kDepth, kWarps, kAhead, kNorm>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), "carveout");
-  launch("skinny_linear", kernel, dim3(num_multiprocessors()), dim3(kWarps * kWarp), smem, stream, p, tuning);
+template <typename T, int kColumns, int kTiles, int kDepth, int kNorm>
+void run(const SkinnyLinear& p, cudaStream_t stream) {
+  using Feed = Ring<kTiles, kDepth, (kNorm > 0 ? 0 : kColumns)>;
+  size_t smem = kWarps * (kDepth * Feed::stage_bytes(p.rows) + partial_buffers(p.rows) * partial_floats<kTiles>(p.rows) * sizeof(float));
+  if (kNorm > 0) smem += size_t(p.rows) * (p.size * 2 + kXPad);
+  auto* kernel = skinny_linear_kernel<T, kColumns, kTiles, kDepth, kNorm>;
+  launch("skinny_linear", kernel, dim3(num_multiprocessors()), dim3(kThreads), smem, stream, p);
 }
 
 }  // namespace
 
 void skinny_linear(const SkinnyLinear& p, Dtype dtype, cudaStream_t stream) {
-  // staged: tiles, depth; streamed 1: tiles, depth, ahead; streamed 2: same; early; stage limit KB; rotate, pair, sync
-  int v[13] = {1, 5, 2, 3, 3, 2, 2, 2, 1000000, 46, 0, 0, 0};
+  int v[6] = {2, 5, 2, 5, 2, 4};  // normed, up to 8 rows, up to 16 rows: tiles, depth
   if (const char* text = std::getenv("BATCHINFER_SKINNY"))
-    std::sscanf(text, "%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d", v, v + 1, v + 2, v + 3, v + 4, v + 5, v + 6, v + 7, v + 8, v + 9,
-                v + 10, v + 11, v + 12);
-  const Tuning tuning{v[8], v[10] != 0, v[11] != 0, v[12] != 0};
-  const bool norm = p.norm_weight != nullptr, staged = norm || (p.rows <= 8 && int64_t(p.rows) * p.size * 2 <= v[9] * 1024);
+    std::sscanf(text, "%d,%d,%d,%d,%d,%d", v, v + 1, v + 2, v + 3, v + 4, v + 5);
+  const bool norm = p.norm_weight != nullptr;
   dispatch_half(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr bool kAll = std::is_same_v<T, __nv_bfloat16>;
     const int columns = p.rows <= 8 ? 1 : 2;
-    const int* at = staged ? v : columns == 1 ? v + 2 : v + 5;
-    const int tiles = at[0], depth = at[1], ahead = staged ? 0 : at[2];
+    const int* at = norm ? v : columns == 1 ? v + 2 : v + 4;
+    const int vectors = !norm ? 0 : p.rows * p.size <= 4096 ? 2 : 4;
     bool done = false;
-    auto consider = [&]<int kColumns, int kTiles, int kDepth, int kAhead>() {
-      if (done || columns != kColumns || tiles != kTiles || depth != kDepth || ahead != kAhead) return;
-      if constexpr (kAhead == 0)
-        if (norm) {
-          const int vectors = ((p.rows == 3 ? 4 : p.rows) * p.size + 2047) / 2048;
-          if (vectors <= 2)
-            run<T, kColumns, kTiles, kDepth, 8, kAhead, 2>(p, tuning, stream);
-          else if (vectors <= 4)
-            run<T, kColumns, kTiles, kDepth, 8, kAhead, 4>(p, tuning, stream);
-          else
-            run<T, kColumns, kTiles, kDepth, 8, kAhead, 8>(p, tuning, stream);
-          done = true;
-        }
-      if (!done) run<T, kColumns, kTiles, kDepth, 8, kAhead, 0>(p, tuning, stream), done = true;
+    auto consider = [&]<int kColumns, int kTiles, int kDepth, int kNorm>() {
+      if (done || columns != kColumns || at[0] != kTiles || at[1] != kDepth || vectors != kNorm) return;
+      run<T, kColumns, kTiles, kDepth, kNorm>(p, stream);
+      done = true;
     };
-    consider.template operator()<1, 1, 5, 0>();
-    consider.template operator()<1, 2, 3, 3>();
-    consider.template operator()<2, 2, 2, 2>();
+    consider.template operator()<1, 2, 5, 2>();
+    consider.template operator()<1, 2, 5, 4>();
+    consider.template operator()<1, 2, 5, 0>();
+    consider.template operator()<2, 2, 4, 0>();
     if constexpr (kAll) {
-      consider.template operator()<1, 1, 6, 0>();
+      consider.template operator()<1, 2, 6, 2>();
+      consider.template operator()<1, 2, 4, 2>();
+      consider.template operator()<1, 1, 9, 2>();
+      consider.template operator()<1, 2, 6, 0>();
+      consider.template operator()<1, 2, 4, 0>();
       consider.template operator()<1, 2, 3, 0>();
-      consider.template operator()<1, 2, 5, 0>();
+      consider.template operator()<1, 1, 8, 0>();
       consider.template operator()<1, 4, 2, 0>();
-      consider.template operator()<1, 2, 5, 4>();
-      consider.template operator()<1, 4, 2, 2>();
-      consider.template operator()<1, 4, 2, 3>();
-      consider.template operator()<1, 1, 5, 4>();
-      consider.template operator()<2, 2, 5, 2>();
-      consider.template operator()<2, 4, 2, 2>();
-      consider.template operator()<2, 1, 5, 3>();
+      consider.template operator()<2, 2, 3, 0>();
+      consider.template operator()<2, 4, 2, 0>();
+      consider.template operator()<2, 1, 6, 0>();
+      consider.template operator()<2, 1, 2, 0>();
     }
     if (!done) throw std::invalid_argument("no such skinny variant");
   });

@@ -31,12 +31,14 @@ __device__ __forceinline__ void wait_for_copy_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 __device__ __forceinline__ uint4 load_shared(unsigned from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
   return v;
+}
+
+__device__ __forceinline__ void store_shared(unsigned to, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
@@ -78,23 +80,17 @@ struct Outputs {
   __device__ __forceinline__ int per_pass() const { return (end - first + passes<kTiles>() - 1) / max(passes<kTiles>(), 1); }
 };
 
-// A warp's share of the contraction index: `count` units, beginning with the `start`-th of them and going round.
+// A warp's share of the contraction index: every kWarps-th unit. Blocks begin at different ones and go round, so that they do
+// not all ask for the same piece of x at once.
 struct Share {
   int first, step, count, start;
-  bool pair;
 
-  template <int kWarps>
-  __device__ __forceinline__ static Share of_warp(int warp, int size, bool rotate, bool pair) {
-    const int units = size / kUnit;
-    if (pair && units % (2 * kWarps) == 0) return {2 * warp, kWarps, units / kWarps, 0, true};
-    const int count = (units - warp + kWarps - 1) / kWarps;
-    return {warp, kWarps, count, rotate && count > 0 ? int(blockIdx.x * 5) % count : 0, false};
-  }
-  // The unit at place i < 2 * count of the order.
+  __device__ __forceinline__ Share(int warp, int warps, int size)
+      : first(warp), step(warps), count((size / kUnit - warp + warps - 1) / warps), start(count > 0 ? blockIdx.x * 5 % count : 0) {}
+  // The unit at place i < count of the order.
   __device__ __forceinline__ int unit(int i) const {
     i += start;
-    if (i >= count) i -= count;
-    return pair ? first + (i / 2) * 2 * step + i % 2 : first + i * step;
+    return first + (i < count ? i : i - count) * step;
   }
 };
 
@@ -102,47 +98,86 @@ struct Share {
 template <int kTiles>
 using WeightFragments = uint4[kTiles][2][2];
 
-// The ring of one warp: kDepth stages of kTiles pieces, all of them on their way except while one is taken.
-template <int kTiles, int kDepth>
-class WeightRing {
- public:
-  static constexpr int kStage = kTiles * kPiece;
+// Fragments of x: [8 rows each][half of the unit].
+template <int kColumns>
+using XFragments = uint4[kColumns][2];
 
-  __device__ __forceinline__ WeightRing(const SkinnyLinear& p, const Outputs& outputs, const Share& share, unsigned ring, int early)
-      : outputs_(outputs), share_(share), weight_(static_cast<const uint4*>(p.weight)), row_(p.size / 8), ring_(ring), early_(early) {
-    const int lane = threadIdx.x % kWarp;
-    const int g = lane / 4, t = lane % 4;
+// The ring of one warp: kDepth stages of one unit each, of kTiles tiles and (with kColumns > 0) of up to 8 * kColumns rows of x.
+// All stages are on their way, except while one is taken.
+template <int kTiles, int kDepth, int kColumns>
+class Ring {
+ public:
+  __host__ __device__ static constexpr int stage_bytes(int rows) { return kTiles * kPiece + (kColumns > 0 ? rows * kUnit * 2 : 0); }
+
+  // Begins to read weights, but not x: no kernel writes weights.
+  __device__ __forceinline__ Ring(const SkinnyLinear& p, const Outputs& outputs, const Share& share, unsigned ring)
+      : outputs_(outputs),
+        share_(share),
+        weight_(static_cast<const uint4*>(p.weight)),
+        row_(p.size / 8),
+        x_(static_cast<const uint4*>(p.x)),
+        x_row_(p.x_stride / 8),
+        rows_(p.rows),
+        ring_(ring),
+        stage_(stage_bytes(p.rows)),
+        per_pass_(outputs.per_pass<kTiles>()),
+        left_(share.count * outputs.passes<kTiles>()) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     // 8 lanes copy a row; odd rows have their halves exchanged, for the banks' sake.
     put_ = lane / 8 * 128 + ((lane % 8) ^ (lane / 8 % 2 * 4)) * 16;
     get_ = g * 128 + (t ^ (g % 2 * 4)) * 16;
-    left_ = share.count * outputs.passes<kTiles>();
-    per_pass_ = outputs.per_pass<kTiles>();
+    x_ += lane / 8 * x_row_ + lane % 8;
     begin_pass(outputs.first);
-    for (int i = 0; i < kDepth; ++i) begin_copy(i);
-    if (left_ <= early_) let_next_start();
+    for (int i = 0; i < kDepth; ++i) {
+      begin_copy<false>(ring_ + i * stage_);
+      end_copy_group();
+    }
   }
 
-  // The next stage, once it is there; the copy that takes its place begins.
-  __device__ __forceinline__ void take(WeightFragments<kTiles>& to) {
+  // Brings the x of the first stages, whose weights are already on their way, past the queue of copies.
+  __device__ __forceinline__ void begin_x() {
+    const int lane = threadIdx.x % kWarp;
+    uint4 values[kDepth][kColumns * 2];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns * 2; ++j)
+        if (share_.count > 0 && j * 4 + lane / 8 < rows_)
+          values[i][j] = x_[j * 4 * x_row_ + share_.unit(i % share_.count) * (kUnit / 8)];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns * 2; ++j)
+        if (share_.count > 0 && j * 4 + lane / 8 < rows_)
+          store_shared(ring_ + i * stage_ + kTiles * kPiece + j * 512 + put_, values[i][j]);
+  }
+
+  // The next stage, once it is there; the copy that takes its place begins. With kColumns 0 it has no x, and nothing becomes of x.
+  template <typename X>
+  __device__ __forceinline__ void take(WeightFragments<kTiles>& w, X& x) {
     wait_for_copy_groups<kDepth - 1>();
     __syncwarp();
+    const unsigned stage = ring_ + slot_ * stage_;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper)
-          to[r][h][upper] = load_shared(ring_ + slot_ * kStage + r * kPiece + upper * 1024 + (get_ ^ (h * 64)));
+          w[r][h][upper] = load_shared(stage + r * kPiece + upper * 1024 + (get_ ^ (h * 64)));
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) x[n][h] = load_shared(stage + kTiles * kPiece + n * 1024 + (get_ ^ (h * 64)));
     __syncwarp();
-    begin_copy(slot_);
-    if (left_ == early_) let_next_start();
+    begin_copy<true>(stage);
+    end_copy_group();
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
   }
 
  private:
   __device__ __forceinline__ void begin_pass(int output) {
-    const int lane = threadIdx.x % kWarp;
-    const int end = min(outputs_.end, output + per_pass_);
+    const int lane = threadIdx.x % kWarp, end = min(outputs_.end, output + per_pass_);
     next_pass_ = end;
     unit_ = 0;
     inside_ = 0;
@@ -159,54 +194,33 @@ class WeightRing {
       }
   }
 
-  __device__ __forceinline__ void begin_copy(int slot) {
-    if (left_ > 0) {
-      const unsigned to = ring_ + slot * kStage + put_, along = share_.unit(unit_) * (kUnit / 8);
+  template <bool kWithX>
+  __device__ __forceinline__ void begin_copy(unsigned stage) {
+    if (left_ == 0) return;
+    const int lane = threadIdx.x % kWarp, along = share_.unit(unit_) * (kUnit / 8);
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r)
+    for (int r = 0; r < kTiles; ++r)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (inside_ >> (r * 4 + i) & 1) copy_16_bytes(to + r * kPiece + i * 512, weight_ + (source_[r][i] + along));
-      --left_;
-      if (++unit_ == share_.count) begin_pass(next_pass_);
-    }
-    end_copy_group();
+      for (int i = 0; i < 4; ++i)
+        if (inside_ >> (r * 4 + i) & 1) copy_16_bytes(stage + r * kPiece + i * 512 + put_, weight_ + (source_[r][i] + unsigned(along)));
+    if constexpr (kWithX)
+#pragma unroll
+      for (int j = 0; j < kColumns * 2; ++j)
+        if (j * 4 + lane / 8 < rows_) copy_16_bytes(stage + kTiles * kPiece + j * 512 + put_, x_ + (j * 4 * x_row_ + along));
+    --left_;
+    if (++unit_ == share_.count) begin_pass(next_pass_);
   }
 
   const Outputs outputs_;
   const Share share_;
   const uint4* weight_;
-  int row_;  // length of a row, in pieces of 16 bytes
-  unsigned ring_, put_, get_;
-  unsigned source_[kTiles][4], inside_;
-  int per_pass_, next_pass_, unit_, left_, early_, slot_ = 0;
-};
-
-// x of one unit as B fragments: [8 rows of x each][half of the unit].
-template <int kColumns>
-struct XFragments {
-  uint4 values[kColumns][2];
-
-  template <typename T>
-  __device__ __forceinline__ void load_global(const T* x, int64_t stride, int rows, int unit) {
-    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        values[n][h] = n * 8 + g < rows
-                           ? *reinterpret_cast<const uint4*>(x + (n * 8 + g) * stride + unit * kUnit + h * 32 + t * 8)
-                           : uint4{0, 0, 0, 0};
-  }
-  __device__ __forceinline__ void load_staged(unsigned x, int row_bytes, int rows, int unit) {
-    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        values[n][h] = n * 8 + g < rows ? load_shared(x + (n * 8 + g) * row_bytes + unit * (kUnit * 2) + h * 64 + t * 16)
-                                        : uint4{0, 0, 0, 0};
-  }
+  int row_;  // length of a row of weights, in pieces of 16 bytes; so is the next one, of x
+  const uint4* x_;
+  int64_t x_row_;
+  int rows_;
+  unsigned ring_, put_, get_, stage_;
+  unsigned source_[kTiles][4], inside_;  // in pieces of 16 bytes; which of them are this block's
+  int per_pass_, next_pass_, unit_, left_, slot_ = 0;
 };
 
 template <typename T, int kTiles, int kColumns>
@@ -218,32 +232,10 @@ __device__ __forceinline__ void multiply(float (&sums)[kTiles][kColumns][4], con
     for (int r = 0; r < kTiles; ++r)
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        const uint4 low = w[r][h][0], high = w[r][h][1], b = x.values[n][h];
+        const uint4 low = w[r][h][0], high = w[r][h][1], b = x[n][h];
         multiply(sums[r][n], low.x, high.x, low.y, high.y, b.x, b.y, T{});
         multiply(sums[r][n], low.z, high.z, low.w, high.w, b.z, b.w, T{});
       }
-}
-
-// Brings the rows of x into shared memory.
-template <typename T, int kThreads>
-__device__ __forceinline__ void copy_rows(const SkinnyLinear& p, char* staged, int row_bytes) {
-  using V = Vector<T>;
-  constexpr int kAtOnce = 6;
-  const int vectors = p.size / V::kSize, all = vectors * p.rows;
-  for (int base = threadIdx.x; base < all; base += kAtOnce * kThreads) {
-    V values[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = base + i * kThreads, m = at / vectors;
-      if (at < all) values[i] = V::load(static_cast<const T*>(p.x) + m * p.x_stride + (at - m * vectors) * V::kSize);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = base + i * kThreads, m = at / vectors;
-      if (at < all) values[i].store(reinterpret_cast<T*>(staged + m * row_bytes) + (at - m * vectors) * V::kSize);
-    }
-  }
-  __syncthreads();
 }
 
 // Norms the rows of x into shared memory: all of them at once, each by an equal share of the threads, which hold it in
@@ -251,56 +243,41 @@ __device__ __forceinline__ void copy_rows(const SkinnyLinear& p, char* staged, i
 template <typename T, int kThreads, int kVectors>
 class RowNorm {
  public:
-  // The norm's weight, which depends on nothing.
-  __device__ __forceinline__ explicit RowNorm(const SkinnyLinear& p) : shares_(p.rows == 1 ? 1 : p.rows == 2 ? 2 : 4) {
-    threads_ = kThreads / shares_;
-    row_ = threadIdx.x / threads_;
+  // Loads the norm's weight, which no kernel writes.
+  __device__ __forceinline__ explicit RowNorm(const SkinnyLinear& p) : threads_(kThreads / p.rows), row_(threadIdx.x / threads_) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (place(v) >= p.size) continue;
-      const T* weight = static_cast<const T*>(p.norm_weight) + place(v);
-      if constexpr (kHold)
-        weight_[v] = V::load(weight);
-      else
-        prefetch_line(weight);
-    }
+    for (int v = 0; v < kVectors; ++v)
+      if (place(v) < p.size) weight_[v] = V::load(static_cast<const T*>(p.norm_weight) + place(v));
   }
 
-  __device__ __forceinline__ void run(const SkinnyLinear& p, char* staged, int row_bytes, float* scratch) const {
+  __device__ __forceinline__ void run(const SkinnyLinear& p, unsigned normed, int row_bytes, float* scratch) const {
     V h[kVectors];
-    if (row_ < p.rows) load(p, h);
+    load(p, h);
     float squares = 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-      if (row_ < p.rows && place(v) < p.size)
+      if (place(v) < p.size)
 #pragma unroll
         for (int i = 0; i < V::kSize; ++i) squares += to_float(h[v].values[i]) * to_float(h[v].values[i]);
     squares = warp_sum(squares);
     if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = squares;
     __syncthreads();
-    if (row_ < p.rows) {
-      float total = 0.0f;
-      for (int w = 0; w < threads_ / kWarp; ++w) total += scratch[row_ * (threads_ / kWarp) + w];
-      const float scale = rsqrtf(total / p.size + p.eps);
+    float total = 0.0f;
+    for (int w = 0; w < threads_ / kWarp; ++w) total += scratch[row_ * (threads_ / kWarp) + w];
+    const float scale = rsqrtf(total / p.size + p.eps);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (place(v) >= p.size) continue;
-        V w;
-        if constexpr (kHold)
-          w = weight_[v];
-        else
-          w = V::load(static_cast<const T*>(p.norm_weight) + place(v));
+    for (int v = 0; v < kVectors; ++v) {
+      if (place(v) >= p.size) continue;
 #pragma unroll
-        for (int i = 0; i < V::kSize; ++i) h[v].values[i] = from_float<T>(to_float(h[v].values[i]) * scale * to_float(w.values[i]));
-        h[v].store(reinterpret_cast<T*>(staged + row_ * row_bytes) + place(v));
-      }
+      for (int i = 0; i < V::kSize; ++i)
+        h[v].values[i] = from_float<T>(to_float(h[v].values[i]) * scale * to_float(weight_[v].values[i]));
+      store_shared(normed + row_ * row_bytes + place(v) * sizeof(T), *reinterpret_cast<const uint4*>(h[v].values));
     }
     __syncthreads();
   }
 
  private:
   using V = Vector<T>;
-  static constexpr bool kHold = kVectors <= 4;  // else registers would not suffice
 
   __device__ __forceinline__ int place(int v) const { return (v * threads_ + threadIdx.x % threads_) * V::kSize; }
 
@@ -323,8 +300,20 @@ class RowNorm {
     }
   }
 
-  int shares_, threads_, row_;
-  V weight_[kHold ? kVectors : 1];
+  int threads_, row_;
+  V weight_[kVectors];
 };
+
+// Fragments of normed x.
+template <int kColumns>
+__device__ __forceinline__ void load_normed(XFragments<kColumns>& x, unsigned normed, int row_bytes, int rows, int unit) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      x[n][h] = n * 8 + g < rows ? load_shared(normed + (n * 8 + g) * row_bytes + unit * (kUnit * 2) + h * 64 + t * 16)
+                                 : uint4{0, 0, 0, 0};
+}
 
 }  // namespace batchinfer

@@ -49,8 +49,8 @@ void skinny_linear_op(Tensor out, const Tensor& x, const Tensor& weight, std::op
   require_row(norm_weight, x, x.size(1), "norm_weight");
   require(norm_weight || !residual, "skinny_linear: a residual needs norm_weight");
   if (norm_weight) {
-    const int64_t rows = x.size(0) == 3 ? 4 : x.size(0);
-    require(rows <= kSkinnyMaxNormRows && rows * x.size(1) <= kSkinnyMaxNormed, "skinny_linear: norms at most 4 rows of 4,096");
+    require(x.size(0) <= kSkinnyMaxNormRows && x.size(0) * x.size(1) <= kSkinnyMaxNormed,
+            "skinny_linear: norms at most 2 rows and 8,192 elements");
     require_vectors(*norm_weight, "norm_weight");
   }
   require_residual(x, residual, residual_out);
