@@ -10,6 +10,7 @@ namespace {
 
 struct Block {
   Exchange exchange;
+  Columns columns;
   uint32_t length;
   Wide likeliest[kMostLikeliest];  // in block 0, in no order
 };
@@ -69,9 +70,7 @@ __device__ void tell_nothing(const LogProbabilities& told, int64_t row, int k) {
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2) log_probabilities_kernel(LogProbabilities told, const T* logits, int64_t stride,
-                                                                              int size, const int64_t* token_ids, int k, int splits,
-                                                                              int room) {
-  extern __shared__ uint32_t columns[];
+                                                                              int size, const int64_t* token_ids, int k, int splits) {
   __shared__ Block block;
   const int64_t row = blockIdx.x / splits;
   const int split = blockIdx.x % splits;
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) log_probabilities_kernel(Lo
   const Counted counted = count(slice, cluster, max, score, chosen);
   if (split == 0 && threadIdx.x == 0) told.chosen[row] = score - max - counted.log_total, told.ranks[row] = counted.rank;
   if (k == 0) return;
-  const Border border = Search<T>(slice, Scores{max, 1.0f, 1.0f}, cluster, columns, room).likeliest(k);
+  const Border border = Search<T>(slice, Scores{max, 1.0f, 1.0f}, cluster, block.columns).likeliest(k);
   tell_likeliest(slice, cluster, block, border, max, counted.log_total, told.top_ids + row * k, told.top + row * k, k);
 }
 
@@ -100,11 +99,11 @@ __global__ void __launch_bounds__(kSampleThreads, 2) log_probabilities_kernel(Lo
 
 void log_probabilities(const LogProbabilities& told, const Logits& logits, const int64_t* token_ids, int k, int splits,
                        cudaStream_t stream) {
-  const RowLaunch plan = plan_rows(logits, splits, k > 0);
+  splits = choose_splits(logits, splits, 4000);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("log_probabilities", log_probabilities_kernel<T>, logits.rows, plan, stream, told, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, token_ids, k, plan.splits, plan.room);
+    launch_rows("log_probabilities", log_probabilities_kernel<T>, logits.rows, splits, stream, told, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, token_ids, k, splits);
   });
 }
 

@@ -65,7 +65,7 @@ __device__ __forceinline__ float bar_of(const int& bar) {
 
 // A first bar, from the first 16 bytes of each thread: without it, every thread would take its first tokens for promising.
 template <typename T>
-__device__ __noinline__ void raise_bar(const Slice<T>& slice, Block& block) {
+__device__ __noinline__ void raise_bar(const Slice<T> slice, Block& block) {
   const Row row = block.row;
   const float inside = row.farthest() * (1.0f - 1e-5f) + kMargin;  // scores above it are admitted
   const int first = slice.first_of_thread();
@@ -109,20 +109,34 @@ __device__ __noinline__ Wide better_of(const Packed<T> v, int first, Block& bloc
   return best;
 }
 
-// The highest sum of score and noise of a thread's tokens, with its token.
+// The highest sum of score and noise of a thread's tokens, with its token. From the end of the slice to its beginning: what was
+// read last, for the maximum, is still in the L2 cache. The bar is read ahead, as logits are; an older one is lower.
 template <typename T>
 __device__ __forceinline__ Wide draw_of_thread(const Slice<T>& slice, Block& block) {
   const Row row = block.row;
   const float floor = row.farthest() * (1.0f + 1e-5f) - kMargin;
+  uint32_t bar_address = uint32_t(__cvta_generic_to_shared(&block.bar));
+  asm volatile("mov.u32 %0, %0;" : "+r"(bar_address));  // or it is computed anew every time
+  const auto read_bar = [bar_address] {
+    float bits;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(bits) : "r"(bar_address));
+    return bits;
+  };
   Wide best = 0;
-  Packed<T> next = slice.load(slice.first_of_thread());
-  for (int first = slice.first_of_thread(); first < slice.end; first += Slice<T>::kStep) {
+  int first = slice.last_of_thread();
+  Packed<T> next = {};
+  if (first >= slice.begin) next = slice.load(first);
+  float next_bar = read_bar();
+  while (first >= slice.begin) {
     const Packed<T> v = next;
-    next = slice.load(first + Slice<T>::kStep);
-    const float bar = bar_of(block.bar), score = row.about(v.highest());
+    const float bar = next_bar - kAboveZero - kMargin, score = row.about(v.highest());
+    const int at = first;
+    first -= Slice<T>::kStep;
+    if (first >= slice.begin) next = slice.load(first);
+    next_bar = read_bar();
     if (score < fmaxf(bar - kMostNoise, floor)) continue;
-    if (score + most_noise(Words<T>(row, first).highest()) < bar) continue;
-    best = better_of(v, first, block, best);
+    if (score + most_noise(Words<T>(row, at).highest()) < bar) continue;
+    best = better_of(v, at, block, best);
   }
   return best;
 }
@@ -147,9 +161,9 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* token_ids, bool* broken, const T* logits, int64_t stride,
-                                                                   int size, Drawing drawing, int splits, int room) {
-  extern __shared__ uint32_t columns[];
+                                                                   int size, Drawing drawing, int splits) {
   __shared__ Block block;
+  __shared__ Columns columns;
   const int index = blockIdx.x / splits, split = blockIdx.x % splits;
   const bool writes = split == 0 && threadIdx.x == 0;
   Cluster cluster(block.exchange, split, splits);
@@ -174,7 +188,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
   const double top_p = drawing.top_p[index], min_p = drawing.min_p[index];
   Border border = {kAnyMagnitude, kAnyToken};
   if ((top_k > 0 && top_k < size) || top_p < 1 || min_p > 0)
-    border = border_of(slice, scores, cluster, columns, room, Limits{top_k, top_p < 1, float(top_p), float(min_p)}, packed_token(highest));
+    border = border_of(slice, scores, cluster, columns, Limits{top_k, top_p < 1, float(top_p), float(min_p)}, packed_token(highest));
   if (threadIdx.x == 0) {
     const int64_t seed = drawing.seeds[index];
     block.row = {scores, uint32_t(drawing.positions[index]), {uint32_t(seed), uint32_t(seed >> 32)}, border};
@@ -188,20 +202,20 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
 }  // namespace
 
 void greedy(int32_t* token_ids, bool* broken, const Logits& logits, int splits, cudaStream_t stream) {
-  const RowLaunch plan = plan_rows(logits, splits, false);
+  splits = choose_splits(logits, splits, 16384);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("greedy", greedy_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, plan.splits);
+    launch_rows("greedy", greedy_kernel<T>, logits.rows, splits, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, splits);
   });
 }
 
 void sample(int64_t* token_ids, bool* broken, const Logits& logits, const Drawing& drawing, int splits, cudaStream_t stream) {
-  const RowLaunch plan = plan_rows(logits, splits, true);
+  splits = choose_splits(logits, splits, 4000);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("sample", sample_kernel<T>, logits.rows, plan, stream, token_ids, broken, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, drawing, plan.splits, plan.room);
+    launch_rows("sample", sample_kernel<T>, logits.rows, splits, stream, token_ids, broken, static_cast<const T*>(logits.data),
+                logits.stride, logits.size, drawing, splits);
   });
 }
 

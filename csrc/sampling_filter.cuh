@@ -4,7 +4,8 @@
 // the filters leave is all tokens up to a border in the order (magnitude, token). It is found digit by digit: a pass sums the
 // tokens' weights (1 for top-k, their probability for top-p) over eight bins of what is still in question, and the bin in which
 // the sum reaches its target is looked into next. Weights are integers, so that sums depend on no order and a bin's parts add up
-// to it exactly. Tokens that are still in question are kept in shared memory where there is room, else looked up every time.
+// to it exactly. A thread keeps its tokens that are still in question in shared memory once they fit, and reads its share of the row
+// again until then.
 #pragma once
 
 #include "sampling_row.cuh"
@@ -13,6 +14,11 @@ namespace batchinfer {
 
 constexpr uint32_t kAnyMagnitude = 0x7fffffffu;
 constexpr int kAnyToken = 0x7fffffff;
+constexpr int kRoom = 16;  // tokens that a thread keeps
+
+struct Columns {
+  uint32_t keys[kRoom][kSampleThreads];
+};
 
 struct Border {
   uint32_t magnitude;
@@ -38,7 +44,9 @@ struct Mass {
   static constexpr int kBits = 44;
   __device__ __forceinline__ uint32_t operator()(uint32_t magnitude, int octave) const {
     const float scale = __int_as_float((127 + kBits - shift(octave)) << 23);
-    return __float2uint_rn(exp2f(__uint_as_float(magnitude) * -1.44269504f) * scale);
+    float mass;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(mass) : "f"(__uint_as_float(magnitude) * -1.44269504f));
+    return __float2uint_rn(mass * scale);
   }
   __device__ __forceinline__ int shift(int octave) const { return int(0x010b111415161616ull >> (8 * octave)) & 0xff; }
 };
@@ -61,11 +69,34 @@ __device__ __forceinline__ void add_if_equal(int a, int b, uint32_t& sum, uint32
   asm("{\n.reg .pred p;\nsetp.eq.s32 p, %2, %3;\n@p add.u32 %0, %0, %1;\n}" : "+r"(sum) : "r"(x), "r"(a), "r"(b));
 }
 
+// What a pass finds out: sums of weights in bins, and the range of the keys.
+struct Pass {
+  uint32_t sums[kBins] = {}, highest = 0, lowest = 0xffffffffu;
+
+  __device__ __forceinline__ void add(uint32_t key, int bin, uint32_t weight) {
+#pragma unroll
+    for (int i = 0; i < kBins; ++i) add_if_equal(bin, i, sums[i], weight);
+    highest = max(highest, key), lowest = min(lowest, key);
+  }
+
+  // Makes the range that of the cluster's threads. Returns the sum of bin i in lane i; shift(bin): what the bin's sum is to be
+  // shifted by.
+  template <typename Shift>
+  __device__ __forceinline__ Wide tell(Cluster& cluster, Shift shift) {
+    Wide bins[kBins];
+#pragma unroll
+    for (int i = 0; i < kBins; ++i) bins[i] = Wide(sums[i]) << shift(i);
+    const Wide told = cluster.sum(bins, highest, ~lowest);
+    highest = uint32_t(__shfl_sync(kAllLanes, told, kBins)), lowest = ~uint32_t(__shfl_sync(kAllLanes, told, kBins + 1));
+    return told;
+  }
+};
+
 template <typename T>
 class Search {
  public:
-  __device__ Search(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room)
-      : slice_(slice), scores_(scores), cluster_(cluster), column_(memory + threadIdx.x), room_(room) {}
+  __device__ Search(const Slice<T>& slice, const Scores& scores, Cluster& cluster, Columns& columns)
+      : slice_(slice), scores_(scores), cluster_(cluster), column_(columns.keys[0] + threadIdx.x) {}
 
   // likeliest: the token with score 0, which stays in any case.
   __device__ Border border(const Limits& limits, int likeliest) {
@@ -126,57 +157,51 @@ class Search {
   template <bool kMagnitudes, typename Select, typename Weigh, typename Target>
   __device__ Found find(Select select, Weigh weigh, uint32_t high, Target target_of) {
     uint32_t low = 0;
-    int octave = 0;
+    int octave = 0, kept = kRoom + 1;
     Found found = {};
-    for (bool first = true;; first = false) {
-      const bool octaves = kMagnitudes && first;
-      const int shift = max(0, 29 - __clz(high - low));  // eight bins
-      uint32_t sums[kBins] = {}, highest = 0, lowest = 0;  // lowest: its complement
-      const auto visit = [&](uint32_t key) {
+    if constexpr (kMagnitudes) {
+      Pass pass;
+      each_of_row(select, [&](uint32_t key) { pass.add(key, octave_of(key), weigh(key, octave_of(key))); });
+      const Wide told = pass.tell(cluster_, [&](int bin) { return weigh.shift(bin); });
+      found.target = target_of(total(told));
+      octave = choose(told, found);
+      low = max(first_of_octave(octave), pass.lowest);
+      high = min(octave == kBins - 1 ? high : first_of_octave(octave + 1) - 1, pass.highest);
+    }
+    for (bool first = !kMagnitudes; first || low < high; first = false) {  // until a single key is left
+      const int shift = max(0, 29 - __clz(high - low));                    // eight bins
+      Pass pass;
+      kept = each_kept(select, kept, [&](uint32_t key) {
         if (key < low || key > high) return false;
-        const int bin = octaves ? octave_of(key) : int((key - low) >> shift);
-        const uint32_t weight = weigh(key, octaves ? bin : octave);
-#pragma unroll
-        for (int i = 0; i < kBins; ++i) add_if_equal(bin, i, sums[i], weight);
-        highest = max(highest, key), lowest = max(lowest, ~key);
+        pass.add(key, int((key - low) >> shift), weigh(key, octave));
         return true;
-      };
-      if (room_ == 0)
-        each_of_row(select, [&](uint32_t key) { visit(key); });
-      else if (first)
-        gather(select, visit);
-      else
-        compact(visit);
-      Wide bins[kBins];
-#pragma unroll
-      for (int i = 0; i < kBins; ++i) bins[i] = Wide(sums[i]) << weigh.shift(octaves ? i : octave);
-      const Wide told = cluster_.sum(bins, highest, lowest);
-      highest = uint32_t(__shfl_sync(kAllLanes, told, kBins)), lowest = ~uint32_t(__shfl_sync(kAllLanes, told, kBins + 1));
-      const int bin = choose(told, first, target_of, found);
-      if (octaves) {
-        octave = bin;
-        low = first_of_octave(bin), high = bin == kBins - 1 ? kAnyMagnitude : first_of_octave(bin + 1) - 1;
-      } else {
-        low += uint32_t(bin) << shift, high = min(high, low + ((1u << shift) - 1));
-      }
-      low = max(low, lowest), high = min(high, highest);
-      if (low >= high) break;  // a single key is left
+      });
+      const Wide told = pass.tell(cluster_, [&](int) { return weigh.shift(octave); });
+      if (first) found.target = target_of(total(told));
+      low += uint32_t(choose(told, found)) << shift, high = min(high, low + ((1u << shift) - 1));
+      low = max(low, pass.lowest), high = min(high, pass.highest);
     }
     found.key = low;
     found.weight = Wide(weigh(low, octave)) << weigh.shift(octave);
     return found;
   }
 
+  // Of the bins, of which lane i holds sum i.
+  __device__ static Wide total(Wide sum) {
+    Wide all = sum;
+#pragma unroll
+    for (int offset = 1; offset < kBins; offset *= 2) all += __shfl_xor_sync(kAllLanes, all, offset);
+    return __shfl_sync(kAllLanes, all, 0);
+  }
+
   // The bin, of which lane i holds sum i, in which the target is reached.
-  template <typename Target>
-  __device__ static int choose(Wide sum, bool first, Target target_of, Found& found) {
+  __device__ static int choose(Wide sum, Found& found) {
     Wide upto = sum;
 #pragma unroll
     for (int offset = 1; offset < kBins; offset *= 2) {
       const Wide lower = __shfl_up_sync(kAllLanes, upto, offset, kBins);
       if (int(threadIdx.x % kBins) >= offset) upto += lower;
     }
-    if (first) found.target = target_of(__shfl_sync(kAllLanes, upto, kBins - 1));
     const unsigned reached = __ballot_sync(kAllLanes, found.before + upto >= found.target) & 0xffu;
     const int bin = reached ? __ffs(reached) - 1 : kBins - 1;
     found.at = __shfl_sync(kAllLanes, sum, bin);
@@ -184,50 +209,51 @@ class Search {
     return bin;
   }
 
+  // body(key) for the selected tokens of this thread. Beyond the row's end there is -inf: without a probability, and behind all
+  // others where it counts, so nothing changes.
   template <typename Select, typename Body>
-  __device__ void each_of_row(Select select, Body body) const {
+  __device__ __forceinline__ void each_of_row(Select select, Body body) const {
     for (int token = slice_.first_of_thread(); token < slice_.end; token += Slice<T>::kStep) {
       const Packed<T> v = slice_.load(token);
 #pragma unroll
       for (int i = 0; i < Slice<T>::kSize; ++i) {
         uint32_t key;
-        if (token + i < slice_.end && select(v[i], token + i, key)) body(key);
+        if (select(v[i], token + i, key)) body(key);
       }
     }
   }
 
-  template <typename Select, typename Visit>
-  __device__ void gather(Select select, Visit visit) {
-    count_ = 0;
-    each_of_row(select, [&](uint32_t key) {
-      visit(key);
-      column_[count_++ * kSampleThreads] = key;
-    });
-  }
-
-  // Visits what is in the column, and keeps what is still in question.
-  template <typename Visit>
-  __device__ void compact(Visit visit) {
-    int kept = 0;
-    for (int i = 0; i < count_; ++i) {
-      const uint32_t key = column_[i * kSampleThreads];
-      if (visit(key)) column_[kept++ * kSampleThreads] = key;
+  // The same for those that the thread kept of them, or for all where they were too many. body(key) says whether the token is still
+  // in question. Returns how many are.
+  template <typename Select, typename Body>
+  __device__ __forceinline__ int each_kept(Select select, int kept, Body body) const {
+    int left = 0;
+    if (kept <= kRoom) {
+      for (int i = 0; i < kept; ++i) {
+        const uint32_t key = column_[i * kSampleThreads];
+        if (body(key)) column_[left++ * kSampleThreads] = key;
+      }
+      return left;
     }
-    count_ = kept;
+    each_of_row(select, [&](uint32_t key) {
+      if (!body(key)) return;
+      if (left < kRoom) column_[left * kSampleThreads] = key;
+      ++left;
+    });
+    return left;
   }
 
-  const Slice<T>& slice_;
+  const Slice<T> slice_;
   const Scores scores_;
   Cluster& cluster_;
-  uint32_t* column_;  // this thread's: every kSampleThreads-th word
-  int room_, count_ = 0;
+  uint32_t* const column_;  // this thread's: every kSampleThreads-th word
 };
 
 // A call of its own, so that what the caller holds does not crowd the search's registers, nor the other way round.
 template <typename T>
-__device__ __noinline__ Border border_of(const Slice<T>& slice, const Scores& scores, Cluster& cluster, uint32_t* memory, int room,
-                                         const Limits& limits, int likeliest) {
-  return Search<T>(slice, scores, cluster, memory, room).border(limits, likeliest);
+__device__ __noinline__ Border border_of(const Slice<T> slice, const Scores scores, Cluster& cluster, Columns& columns,
+                                         const Limits limits, int likeliest) {
+  return Search<T>(slice, scores, cluster, columns).border(limits, likeliest);
 }
 
 }  // namespace batchinfer

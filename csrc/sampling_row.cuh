@@ -88,7 +88,12 @@ struct Slice {
     return Packed<T>::load_part(row + first, end - first);
   }
 
+  // Where the first and the last vector of this thread begin; it takes every kStep-th token's. Before `begin` if it has none.
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kSize; }
+  __device__ __forceinline__ int last_of_thread() const {
+    const int first = first_of_thread();
+    return first + (end - 1 - first + kStep) / kStep * kStep - kStep;
+  }
 };
 
 template <typename T>

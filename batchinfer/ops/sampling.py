@@ -1,6 +1,7 @@
 """Choosing tokens with the CUDA kernels of `csrc/sampling.cu`. The functions are those of `reference_sampling.py`.
 
 No call waits for the device, whatever the rows ask for, and all can be captured in a CUDA graph. A call is a single launch.
+Left to the reference: float64, and vocabularies of more than MOST_TOKENS.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from batchinfer.ops import reference_sampling
 from batchinfer.ops.library import load_kernels
+
+MOST_TOKENS = 2**19  # of a vocabulary: a thread's share of a search must sum up in 32 bits
 
 
 def greedy(logits: Tensor, splits: int = 0) -> tuple[Tensor, Tensor]:
@@ -35,7 +38,7 @@ def draw(
     splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`reference_sampling.draw`, up to near-ties: noise is computed in float32, and sums of probabilities in integers."""
-    if logits.dtype == torch.float64:
+    if logits.dtype == torch.float64 or logits.shape[1] > MOST_TOKENS:
         return reference_sampling.draw(logits, temperature, top_k, top_p, min_p, seeds, positions)
     load_kernels()
     logits = _dense(logits)
