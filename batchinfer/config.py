@@ -141,7 +141,7 @@ class EngineConfig:
     max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
     prefix_caching: bool = _key(True, THROUGHPUT, "share the KV of equal prompt beginnings")
-    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured decode steps (on a GPU, where its kernels attend)")
+    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured steps of few tokens (on a GPU, where its kernels attend)")
     overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
     attention_backend: str = _key(
         "auto",
@@ -226,6 +226,7 @@ class ProfileConfig:
     output_tokens: int | None = _key(
         None, THROUGHPUT, "mean length of a completion, drawn likewise; default: 288 if they fit", minimum=8
     )
+    shared_prefix_len: int = _key(0, THROUGHPUT, "tokens that all prompts begin with, before their own", minimum=0)
     warmup_steps: int = _key(10, THROUGHPUT, "steps before, when every sequence is running", minimum=1)
     steps: int = _key(20, THROUGHPUT, "steps in the trace", minimum=1)
     nsys: bool = _key(False, THROUGHPUT, "record with Nsight Systems instead of torch.profiler")

@@ -105,7 +105,7 @@ def _profile_rank(config: Config, folder: Path) -> int:
             serve(build_runner(config, shape, parallel, device))
             return 0
         if config.profile.memory_snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
         engine = build_engine(config, shape, parallel, device)
         try:
             seen = watch(engine, config, shape.vocab_size, device, folder)
@@ -143,7 +143,7 @@ def watch(engine: Engine, config: Config, vocab_size: int, device: torch.device,
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     annotate(engine, torch.profiler.record_function)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         work.run(SETTLING_STEPS)
         with torch.profiler.record_function(WINDOW):
             stats, watched_s = _timed(work, config.profile.steps)
@@ -211,7 +211,7 @@ class Work:
     """Requests of random tokens that keep an engine in one state for as long as it is stepped.
 
     The first ones are as old as rows of a long run are at any moment: some of their tokens count as prompt. What ends is
-    replaced. Nothing is shared, everything is greedy and goes on to its length.
+    replaced. Nothing is shared but the prefix, everything is greedy and goes on to its length.
     """
 
     engine: Engine
@@ -224,6 +224,7 @@ class Work:
     @staticmethod
     def lengths(asked: ProfileConfig, longest: int) -> tuple[int, int]:
         """Mean tokens of prompt and completion. Raises ConfigError when the longest of them do not fit together."""
+        longest -= asked.shared_prefix_len
         usual = min(1.0, longest / (2 * (USUAL_PROMPT + USUAL_OUTPUT)))
         prompt = asked.prompt_tokens or max(SPREAD, int(usual * USUAL_PROMPT))
         output = asked.output_tokens or max(SPREAD, int(usual * USUAL_OUTPUT))
@@ -231,13 +232,14 @@ class Work:
         if needed > longest:
             raise ConfigError(
                 f"profile.prompt_tokens={prompt} and profile.output_tokens={output}: sequences of up to {needed} tokens, and "
-                f"model.max_model_len is {longest}"
+                f"model.max_model_len leaves {longest} for them"
             )
         return prompt, output
 
     def __post_init__(self) -> None:
         self.prompt, self.output = self.lengths(self.asked, self.engine.max_model_len)
         self.num_seqs = self.asked.num_seqs or self.max_num_seqs
+        self.prefix = self.rng.choices(range(self.vocab_size), k=self.asked.shared_prefix_len)
 
     def fill(self) -> None:
         """Runs until every sequence decodes, or until the KV cache takes no more."""
@@ -267,7 +269,7 @@ class Work:
         prompt = self._draw(self.prompt)
         if self.asked.workload == "mixed":
             return prompt, self._draw(self.output)
-        return prompt, 1 if self.asked.workload == "prefill" else self.engine.max_model_len - prompt
+        return prompt, 1 if self.asked.workload == "prefill" else self.engine.max_model_len - len(self.prefix) - prompt
 
     def _aged(self) -> tuple[int, int]:
         """The same of one that has been running for a while, though it is told to the engine only now."""
@@ -279,7 +281,7 @@ class Work:
         return self.rng.randint(mean // SPREAD, _longest(mean))
 
     def _add(self, prompt: int, output: int) -> None:
-        token_ids = self.rng.choices(range(self.vocab_size), k=prompt)
+        token_ids = self.prefix + self.rng.choices(range(self.vocab_size), k=prompt)
         sampling = SamplingParams(max_tokens=output, ignore_eos=True)
         self.engine.add(Request(self.next_id, token_ids, sampling, seed=self.next_id))
         self.next_id += 1

@@ -42,10 +42,14 @@ CATEGORIES = tuple(
             r"|^aten::(add)?(mm|bmm|mv)$|^aten::(linear|matmul|baddbmm|dot|mkldnn_linear)",
         ),
         ("norms and elementwise", r"[Nn]orm|rope|rotary|silu|embedding"),
-        ("copies", r"feed_tokens|[Cc]opy|CatArray|index|[Gg]ather|[Ss]catter|^aten::(cat|stack|repeat_interleave)"),
+        (
+            "copies",
+            r"feed_tokens|[Cc]opy|CatArray|DeviceSelect|DeviceCompact|index|[Gg]ather|[Ss]catter"
+            r"|^aten::(cat|stack|repeat_interleave)",
+        ),
         (
             "norms and elementwise",
-            r"elementwise|reduce_kernel|[Ff]ill"
+            r"elementwise|reduce_kernel|DeviceReduce|[Ff]ill"
             r"|^aten::(add|sub|mul|div|neg|pow|mean|sum|max|min|amax|amin|rsqrt|sin|cos|exp|log|where|clamp|maximum|minimum"
             r"|lt|le|gt|ge|eq|ne|bitwise_\w+|floor_divide|remainder|zero|tril|triu|arange|masked_fill)_?$",
         ),

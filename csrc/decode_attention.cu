@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
     prefetch(keys(guess.block, guess.chunk) + lane * (kLine / int(sizeof(T))));
     prefetch(values(guess.block, guess.chunk) + lane * (kLine / int(sizeof(T))));
   }
-  wait_for_previous();
+  if (!a.beside_previous) wait_for_previous();
   let_next_start();
   if (guess.made()) w.load_keys(keys(guess.block, guess.chunk)), w.load_values(values(guess.block, guess.chunk));
   int segment = a.part_indptr[blockIdx.y];
@@ -407,6 +407,7 @@ __global__ void __launch_bounds__(kMaxWarps<kHeads>* kWarp, 1) decode_attention_
     for (int head = warp; head < group; head += warps)
       finish<T, kDim>(a, results.merge(head, warps), s.row, s.slot, first_head + head);
   }
+  if (a.beside_previous) wait_for_previous();  // so that the end of this kernel is the end of both
 }
 
 template <typename T, int kDim, int kHeads>

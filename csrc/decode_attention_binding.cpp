@@ -38,7 +38,7 @@ void require_out(const Tensor& out, int64_t heads, int64_t dim) {
 
 void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                          const Tensor& segments, const Tensor& part_indptr, Tensor out, Tensor partial_out, Tensor partial_lse,
-                         double scale, int64_t warps) {
+                         double scale, int64_t warps, bool beside_previous) {
   require(q.dim() == 3 && q.stride(1) == q.size(2), "q must be [T, H, D] with dense rows");
   require_vectors(q, "q");
   require_cache(k_cache, q, "k_cache");
@@ -82,6 +82,7 @@ void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v
       .table_width = static_cast<int>(block_tables.size(1)),
       .num_blocks = static_cast<int>(std::min(k_cache.size(0), v_cache.size(0))),
       .scale = static_cast<float>(scale),
+      .beside_previous = beside_previous,
   };
   decode_attention(a, static_cast<int>(dim), static_cast<int>(warps), dtype_of(q), Stream(out));
 }
@@ -116,7 +117,7 @@ void combine_attention_op(Tensor out, const Tensor& partial_out, const Tensor& p
 STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor segments, Tensor part_indptr, "
-      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps) -> ()");
+      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps, bool beside_previous) -> ()");
   m.def(
       "combine_attention(Tensor(a!) out, Tensor partial_out, Tensor partial_lse, Tensor combine_rows, Tensor combine_indptr, "
       "Tensor combine_slots) -> ()");

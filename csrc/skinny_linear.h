@@ -9,7 +9,8 @@
 namespace batchinfer {
 
 constexpr int kSkinnyMaxRows = 16;
-constexpr int kSkinnyMaxNormRows = 4;
+constexpr int kSkinnyMaxNormRows = 2;     // of those that are normed inside
+constexpr int kSkinnyMaxNormed = 8192;  // their elements
 
 // y = x weight^T + bias, for x [rows, size] whose rows lie `x_stride` elements apart, weight [weight_rows, size] and out
 // [rows, outputs] without gaps. `size` is a multiple of 64.

@@ -48,8 +48,11 @@ void skinny_linear_op(Tensor out, const Tensor& x, const Tensor& weight, std::op
   require_row(bias, x, weight.size(0), "bias");
   require_row(norm_weight, x, x.size(1), "norm_weight");
   require(norm_weight || !residual, "skinny_linear: a residual needs norm_weight");
-  require(!norm_weight || x.size(0) <= kSkinnyMaxNormRows, "skinny_linear: norms at most 4 rows");
-  if (norm_weight) require_vectors(*norm_weight, "norm_weight");
+  if (norm_weight) {
+    require(x.size(0) <= kSkinnyMaxNormRows && x.size(0) * x.size(1) <= kSkinnyMaxNormed,
+            "skinny_linear: norms at most 2 rows and 8,192 elements");
+    require_vectors(*norm_weight, "norm_weight");
+  }
   require_residual(x, residual, residual_out);
   if (x.size(0) == 0 || weight.size(0) == 0) return;
   auto optional = [](const std::optional<Tensor>& tensor) { return tensor ? pointer<void>(*tensor) : nullptr; };

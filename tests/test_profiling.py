@@ -71,7 +71,7 @@ def test_what_cannot_be_profiled_is_a_sentence(capsys: pytest.CaptureFixture[str
     assert "profile.nsys=true: must go with a GPU" in refused(capsys, "profile.nsys=true")
     assert "profile.memory_snapshot=true: must go with a GPU" in refused(capsys, "profile.memory_snapshot=true")
     assert "profile.num_seqs=9: must be at most engine.max_num_seqs=8" in refused(capsys, "profile.num_seqs=9")
-    assert "up to 192 tokens, and model.max_model_len is 128" in refused(capsys, "profile.prompt_tokens=80")
+    assert "up to 192 tokens, and model.max_model_len leaves 128" in refused(capsys, "profile.prompt_tokens=80")
     assert "profile.workload=idle: must be one of mixed, decode, prefill" in refused(capsys, "profile.workload=idle")
 
 
@@ -135,6 +135,14 @@ def test_fewer_sequences_than_there_is_room_for() -> None:
     work = work_over(1000, workload="decode", num_seqs=5, prompt_tokens=40, output_tokens=40)
     work.fill()
     assert {(stats.running, stats.prefill_tokens) for stats in work.run(20)} == {(5, 0)}
+
+
+def test_a_prefix_that_all_share_is_computed_once() -> None:
+    work = work_over(1000, num_seqs=8, prompt_tokens=40, output_tokens=16, shared_prefix_len=100)
+    work.fill()
+    stats = work.run(100)
+    begun = sum(len(each.ttft_s) for each in stats)
+    assert begun > 20 and sum(each.prefix_hit_tokens for each in stats) == pytest.approx(96 * begun, rel=0.2)
 
 
 def test_a_full_cache_ends_the_filling() -> None:

@@ -30,7 +30,7 @@ FUNCTOR = "void at::native::vectorized_elementwise_kernel<4, at::native::{}, std
 NAMES = {
     "GEMM": [
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT",
-        "nvjet_hsh_64x16_64x16_4x1_v_bz_TNN",
+        "nvjet_sm90_tst_128x16_64x11_4x1_v_bz_splitK_TNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas",
         "ampere_bf16_s16816gemm_bf16_128x64_ldg8_f2f_stages_64x3_tn",
         "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x1_tn_align8>(cutlass_80::Params)",
@@ -85,6 +85,7 @@ NAMES = {
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, unsigned int, 3, 64, 64>",
         "void at::native::index_elementwise_kernel<128, 4, at::native::gpu_index_kernel<at::native::index_kernel_impl> >(int)",
         "void at::native::(anonymous namespace)::indexSelectLargeIndex<c10::BFloat16, long, unsigned int, 2, 2, -2, true>",
+        "void at_cuda_detail::cub::detail::select::DeviceSelectSweepKernel<policy_hub<long, bool, int, false, true> >(long*)",
         "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*, int, long, long, long, long, bool)",
         "aten::copy_",
         "aten::index_select",

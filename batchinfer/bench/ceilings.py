@@ -113,9 +113,11 @@ def _read(dtype: torch.dtype, device: torch.device, scale: Scale) -> float:
 
 
 def _copy(dtype: torch.dtype, device: torch.device, scale: Scale) -> float:
+    """By the better of the driver's copy and an elementwise kernel: on an H100 the latter is a fifth faster."""
     source = torch.zeros(scale.stream_bytes // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, scale.rounds)
+    ways = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / min(seconds_of(way, device, scale.rounds) for way in ways)
 
 
 def layer_weights(shape: ModelShape, tensor_parallel: int) -> list[tuple[int, int]]:

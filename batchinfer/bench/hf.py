@@ -18,7 +18,7 @@ import transformers
 
 from batchinfer.bench.task import Answer, Task, Timing, run_side, totals
 from batchinfer.bench.workloads import BenchRequest, Workload
-from batchinfer.model.loader import _random_tensor
+from batchinfer.model.loader import random_tensor
 from batchinfer.worker.__main__ import choose_device
 from batchinfer.worker.replica import process_age
 
@@ -47,7 +47,7 @@ def random_model(task: Task, dtype: torch.dtype, device: torch.device) -> Any:
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
-        parameter.copy_(_random_tensor(name, tuple(parameter.shape), task.config.seed, dtype, device))
+        parameter.copy_(random_tensor(name, tuple(parameter.shape), task.config.seed, dtype, device))
     return model
 
 

@@ -89,7 +89,8 @@ def measure(engine: Engine, workload: Workload, bench: BenchConfig) -> Timing:
 
 def lead(task: Task, parallel: TensorParallel, device: torch.device) -> None:
     """Rank 0."""
-    answer = Answer(phases={"import": process_age()})
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    answer = Answer(versions=versions, phases={"import": process_age()})
     engine = build_engine(task.config, load_shape(task.config.model), parallel, device)
     answer.phases |= engine.phases | {"ready": process_age()}
     keep_out_of_garbage_collection()

@@ -23,12 +23,13 @@ def collect(
     ours = Answer.load(task.answer_file(OURS))
     others = {peer: Answer.load(task.answer_file(peer)) for peer in peers}
     ceilings = load_ceilings(task)
+    versions = {name: value for answer in (ours, *others.values()) for name, value in answer.versions.items()}
     found = {
         workload.name: _workload(workload, ours, others, _floor(task, workload, ceilings, ours.kv_tokens))
         for workload in workloads
     }
     return {
-        "conditions": {**conditions, **{name: value for answer in others.values() for name, value in answer.versions.items()}},
+        "conditions": {**conditions, **versions},
         "ceilings": None if ceilings is None else asdict(ceilings),
         "ready_s": ours.phases.get("ready"),
         "phases_s": ours.phases,

@@ -32,8 +32,8 @@ def facts(found: Mapping[str, Any]) -> list[str]:
     """Conditions, ceilings, start and memory, a line each."""
     where = found["conditions"]
     commit = [f"commit {where['commit'][:12]}"] if where["commit"] else []
-    made = [f"torch {where['torch']}", f"batchinfer {where['batchinfer']}", *commit]
-    made += [f"{peer} {where[peer]}" for peer in ("transformers", "vllm") if peer in where]
+    packages = [name for name in ("torch", "cuda", "batchinfer", "transformers", "vllm") if where.get(name) is not None]
+    made = [*(f"{name} {where[name]}" for name in packages), *commit]
     weights = "random weights" if where["weights"] == "random" else f"weights of {where['weights']}"
     model = f"{where['architecture']}, {where['parameters']:,} parameters, {weights}, {where['dtype']}"
     return [

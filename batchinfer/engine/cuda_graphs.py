@@ -1,7 +1,8 @@
-"""Decode steps captured as CUDA graphs: launched at once, not kernel by kernel.
+"""Forward passes captured as CUDA graphs: a step of few tokens is launched at once, not kernel by kernel.
 
-One graph for each of some numbers of rows; a step replays the smallest that it fits, padded. Graphs differ only in that number
-and in whether prefixes are shared (`ops.attention_plan`: tiles), since launching kernels for nothing costs a small step too much.
+One graph for each of some numbers of tokens; a step replays the smallest that it fits, padded. What the tokens are (decode rows,
+chunks, any mixture) is said by the buffer that the graph reads. Only whether there are tiles (`ops.attention_plan`: chunks, or
+prefixes that rows share) makes a difference, since launching kernels for nothing costs a small step too much.
 
 All graphs read the same buffer and share one memory pool: they are captured from large to small, so that smaller ones fit into
 the memory of larger ones, and never run side by side.
@@ -17,14 +18,17 @@ import torch
 
 from batchinfer.engine.inputs import InputPacker, PackedInputs
 
+GRAPH_TOKENS = 512  # up to here a step is short enough for its launches to count, whatever it consists of
+
 Run = Callable[[PackedInputs, torch.Tensor], torch.Tensor]
 Captured = tuple[torch.cuda.CUDAGraph, torch.Tensor]  # and the hidden states that it leaves
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows to capture: close together where they are small, since padding is computed like anything else."""
-    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(256 + 32, max_num_seqs, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[int]:
+    """Numbers of tokens to capture: close together where they are small, since padding is computed like anything else."""
+    limit = min(max(max_num_seqs, GRAPH_TOKENS), max_num_batched_tokens)
+    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(256 + 32, limit, 32)]
+    return [size for size in sizes if size < limit] + [limit]
 
 
 class CudaGraphs:
@@ -50,7 +54,7 @@ class CudaGraphs:
         stream = torch.cuda.Stream(self._device)
         torch.cuda.synchronize(self._device)
         for size in reversed(self._sizes):
-            for tiles in (True, False):
+            for tiles in (True, False)[size == 1 :]:  # a single token is a decode row
                 self._graphs[size, tiles] = self._capture(size, tiles, pool, stream)
         torch.cuda.synchronize(self._device)
 
@@ -63,14 +67,14 @@ class CudaGraphs:
             graph.capture_end()
         return graph, hidden
 
-    def size_for(self, num_rows: int) -> int | None:
-        """The size that a step of so many rows replays; None: it is too large for any."""
-        index = bisect.bisect_left(self._sizes, num_rows)
+    def size_for(self, num_tokens: int) -> int | None:
+        """The size that a step of so many tokens replays; None: it is too large for any."""
+        index = bisect.bisect_left(self._sizes, num_tokens)
         return self._sizes[index] if index < len(self._sizes) else None
 
-    def replay(self, packed: PackedInputs, num_rows: int) -> torch.Tensor:
-        """Hidden states [num_rows, hidden_size] of a step packed to one of the sizes; to be used before the next replay."""
+    def replay(self, packed: PackedInputs, num_tokens: int) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of a step packed to one of the sizes; to be used before the next replay."""
         graph, hidden = self._graphs[packed.size, packed.has_tiles]
         self._buffer[: len(packed.buffer)].copy_(torch.from_numpy(packed.buffer).pin_memory(), non_blocking=True)
         graph.replay()
-        return hidden[:num_rows]
+        return hidden[:num_tokens]

@@ -62,7 +62,7 @@ class InputPacker:
         self._max_context = max_context
 
     def pack(self, batch: Batch, size: int | None = None) -> PackedInputs:
-        """The batch as it is; or rows of one token each, padded to `size`, with or without tiles as they need them."""
+        """The batch as it is, or padded to `size` tokens, with or without tiles as it needs them. PlanTooLarge: it cannot be."""
         capacities = self._capacities(size)
         plans = {
             window: ops.plan_attention(batch.cu_seqlens_q, batch.context_lens, batch.block_tables, shape, capacities[window])
@@ -87,7 +87,7 @@ class InputPacker:
     def _capacities(self, size: int | None) -> dict[int | None, ops.PlanCapacity | None]:
         if size is None:
             return dict.fromkeys(self._shapes)
-        return {window: ops.PlanCapacity.for_rows(size, self._max_context, shape) for window, shape in self._shapes.items()}
+        return {window: ops.PlanCapacity.for_tokens(size, self._max_context, shape) for window, shape in self._shapes.items()}
 
 
 def _join(plans: Mapping[int | None, ops.AttentionPlan], size: int, block_tables: np.ndarray) -> PackedInputs:

@@ -7,6 +7,7 @@ device; what was drawn is waited for in `Drawn.result`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -126,12 +127,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, engine: EngineConfig) -> None:
-        """Capture decode steps, where kernels that can be captured compute them."""
+        """Capture steps of few tokens, where kernels that can be captured compute them."""
         if not engine.cuda_graphs or self.packer is None:
             return
         graphs = CudaGraphs(self._compute_packed, self.packer, self.device)
         max_blocks = -(-self.max_model_len // engine.block_size)
-        graphs.capture(graph_sizes(engine.max_num_seqs), engine.max_num_seqs * max_blocks)
+        graphs.capture(graph_sizes(engine.max_num_seqs, engine.max_num_batched_tokens), engine.max_num_seqs * max_blocks)
         self.graphs = graphs
 
     def share(self, batch: Batch) -> None:
@@ -152,24 +153,24 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Forward:
         """Launch the forward pass: writes the keys and values of the batch's tokens into the cache. Every rank."""
         step = batch.to_tensors(self.device)
-        decode_only = batch.num_tokens == len(batch.context_lens)
-        size = self.graphs.size_for(batch.num_tokens) if self.graphs and decode_only else None
-        hidden = self._hidden(batch, step, size)
+        hidden, graph = self._hidden(batch, step)
         logits = None
         if batch.num_samples:  # every rank: they gather the vocabulary
             rows = hidden if batch.num_samples == batch.num_tokens else hidden.index_select(0, step.sample_rows)
             logits = self.model.logits(rows)
-        return Forward(step, size is not None, logits, self._prompt_logprobs(batch, step, hidden))
+        return Forward(step, graph, logits, self._prompt_logprobs(batch, step, hidden))
 
-    def _hidden(self, batch: Batch, step: BatchArrays[torch.Tensor], size: int | None) -> torch.Tensor:
-        """Hidden states [T, hidden_size] of the batch's tokens, by the graph of `size` tokens if there is one."""
+    def _hidden(self, batch: Batch, step: BatchArrays[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+        """Hidden states [T, hidden_size] of the batch's tokens, and whether a graph gave them."""
         if self.packer is None:
             attention = AttentionInputs(step.slot_mapping, step.block_tables, step.cu_seqlens_q, step.context_lens)
-            return self._compute(ModelInputs(step.token_ids, step.positions, attention))
-        packed = self.packer.pack(batch, size)
-        if size is not None and self.graphs is not None:
-            return self.graphs.replay(packed, batch.num_tokens)
-        return self._compute_packed(packed, to_device(packed.buffer, self.device))
+            return self._compute(ModelInputs(step.token_ids, step.positions, attention)), False
+        size = self.graphs.size_for(batch.num_tokens) if self.graphs else None
+        if self.graphs is not None and size is not None:
+            with contextlib.suppress(ops.PlanTooLarge):
+                return self.graphs.replay(self.packer.pack(batch, size), batch.num_tokens), True
+        packed = self.packer.pack(batch)
+        return self._compute_packed(packed, to_device(packed.buffer, self.device)), False
 
     def _compute_packed(self, packed: PackedInputs, flat: torch.Tensor) -> torch.Tensor:
         local = self.shape.local_sizes(self.parallel.size)

@@ -20,7 +20,7 @@ from batchinfer.ops import (
     skinny,
 )
 from batchinfer.ops.attention import DevicePlan
-from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, empty_plan, plan_attention
+from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, PlanTooLarge, empty_plan, plan_attention
 from batchinfer.ops.library import load_kernels
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
@@ -30,6 +30,7 @@ __all__ = [
     "DevicePlan",
     "LogProbabilities",
     "PlanCapacity",
+    "PlanTooLarge",
     "apply_penalties",
     "apply_token_bitmask",
     "attention_takes",

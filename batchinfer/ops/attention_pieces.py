@@ -24,7 +24,7 @@ FIELDS = 8  # of a segment and of a tile
 class PlanTuning:
     """How finely work is cut. Chosen by measuring; no result depends on it beyond rounding."""
 
-    waves: int = 1  # the longest segments are 1 / waves of what a multiprocessor's share would be
+    waves: int = 1  # no segment is longer than 1 / waves of what each block of threads would do if all were equal
     min_piece: int = 512  # tokens: shorter rows are never cut
     min_tile_piece: int = 256  # tokens, likewise of tiles
     max_pack: int = 16  # KV blocks (and rows) that are put into one part when there is plenty of work
@@ -52,20 +52,20 @@ class AttentionShape:
         """How many tiles of one query head fill the device."""
         return max(1, 2 * self.num_multiprocessors // self.num_heads)
 
-    def warps(self, rows: int) -> int:
-        """How many warps work on a part of one KV head: as measured, fewer where there are many parts."""
-        parts, device = rows * self.num_kv_heads, self.num_multiprocessors
-        if parts > 8 * device or (parts > device and self.resident_warps < 16):
-            by_parts = 4
-        else:
-            by_parts = 16 if device < parts <= 3 * device else 8
-        return self.tuning.warps or by_parts
-
     @property
     def resident_warps(self) -> int:
         """Of a multiprocessor, by the registers that the decode kernel takes for a group of query heads."""
         group = self.num_heads // self.num_kv_heads
         return 16 if group <= 4 else 12 if group <= 8 else 8
+
+    def warps(self, rows: int) -> int:
+        """How many work on a part of one KV head: few where there are many parts, else what leaves fewer idle in the end."""
+        parts, device, most = rows * self.num_kv_heads, self.num_multiprocessors, self.resident_warps
+        if self.tuning.warps:
+            return self.tuning.warps
+        if parts > 8 * device:
+            return 4
+        return most if -parts % device * most < -parts % (2 * device) * (most // 2) else most // 2
 
     def parts_at_once(self, rows: int) -> int:
         """How many parts of one KV head the device works on at the same time."""

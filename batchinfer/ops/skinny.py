@@ -13,8 +13,8 @@ from batchinfer.ops.elementwise import rms_norm, silu_and_mul
 from batchinfer.ops.library import load_kernels
 
 MAX_ROWS = 16  # above, cuBLAS is as near to the memory's rate
-MAX_NORM_ROWS = 4  # every block norms all rows for itself
-MAX_NORM_ELEMENTS = 4 * 4096  # of the normed rows, which lie in shared memory
+MAX_NORM_ROWS = 2  # every block norms all rows for itself
+MAX_NORM_ELEMENTS = 8192  # of the normed rows, which threads hold in registers
 UNIT = 64  # the kernel takes contraction indices in such pieces
 
 

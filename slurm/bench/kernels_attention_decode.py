@@ -33,9 +33,16 @@ class Case:
     dim: int = DIM
     dtype: torch.dtype = torch.bfloat16
     prefix: int = 0  # tokens that all rows share
+    chunk: int = 0  # tokens of a prompt that is computed beside the rows
+
+    def all_contexts(self) -> list[int]:
+        return self.contexts + [self.chunk] * (self.chunk > 0)
+
+    def needs_tiles(self) -> bool:
+        return self.prefix > 0 or self.chunk > 0
 
     def bytes(self) -> int:
-        """What must be read: a shared prefix once."""
+        """What must be read for the rows: a shared prefix once."""
         tokens = sum(self.contexts) - self.prefix * (len(self.contexts) - 1)
         return tokens * self.kv_heads * self.dim * 2 * 2
 
@@ -63,6 +70,9 @@ CASES = [
     Case("1 row 256 G=4", [256], 32, 8),
     Case("1 row 2048 MHA", [2048], 32, 32),
     Case("1 row 16384 G=4", [16384], 32, 8),
+    Case("200 rows and a prompt of 512", ragged(200, 64, 1500), 32, 32, chunk=512),
+    Case("200 rows and 512, G=4", ragged(200, 64, 1500), 32, 8, chunk=512),
+    Case("200 rows and 2048, G=4", ragged(200, 64, 1500), 32, 8, chunk=2048),
     Case("shared 1024, 200 rows MHA", ragged(200, 1040, 1400), 32, 32, prefix=1024),
     Case("shared 1024, 200 rows G=4", ragged(200, 1040, 1400), 32, 8, prefix=1024),
     Case("shared 2048, 8 rows MHA", ragged(8, 2100, 2300), 32, 32, prefix=2048),
@@ -107,14 +117,16 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case) -> Inputs:
-        needed = [-(-c // BLOCK) for c in case.contexts]
+        needed = [-(-c // BLOCK) for c in case.all_contexts()]
         bytes_each = case.bytes()
         sets = 1 + int(120e6 // bytes_each)
         blocks = sum(needed) * sets + 1
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (2, blocks, case.kv_heads, BLOCK, case.dim)
         cache = torch.empty(shape, dtype=case.dtype, device="cuda").normal_(generator=generator)
-        q = torch.randn(len(needed), case.heads, case.dim, dtype=case.dtype, device="cuda", generator=generator)
+        q = torch.randn(
+            len(case.contexts) + case.chunk, case.heads, case.dim, dtype=case.dtype, device="cuda", generator=generator
+        )
         ids = np.random.default_rng(0).permutation(blocks - 1).astype(np.int32) + 1
         tables = []
         for s in range(sets):
@@ -127,9 +139,9 @@ class Inputs:
         return cls(case, q, cache, tables)
 
     def time(self, **tuning: int) -> tuple[float, DevicePlan]:
-        case, rows = self.case, len(self.case.contexts)
-        cu = np.arange(rows + 1, dtype=np.int32)
-        contexts = np.array(case.contexts, dtype=np.int32)
+        case, counts = self.case, [1] * len(self.case.contexts) + [self.case.chunk] * (self.case.chunk > 0)
+        cu = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        contexts = np.array(case.all_contexts(), dtype=np.int32)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         shape = with_tuning(AttentionShape(BLOCK, case.heads, case.kv_heads, sms), **tuning)
         k, v = self.cache.transpose(2, 3).unbind(0)
@@ -151,7 +163,7 @@ class Inputs:
 def line(name: str, us: float, moved: int, ceiling: float, plan: DevicePlan) -> str:
     rate = moved / us * 1e6
     cut = f"parts {plan.counts.parts} x {plan.warps} warps, tiles {plan.counts.tiles}, combined {plan.counts.combine_rows}"
-    return f"{name:26} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
+    return f"{name:28} {us:9.2f} us {rate / 1e9:7.0f} GB/s {100 * rate / ceiling:5.1f} %  {cut}"
 
 
 def main() -> None:
@@ -163,7 +175,7 @@ def main() -> None:
     ceiling = streaming_rate()
     print(f"{torch.cuda.get_device_name()}: sum over 2 GiB reads {ceiling / 1e9:.0f} GB/s")
     for case in CASES:
-        if options.only not in case.name or (case.prefix and not hasattr(torch.ops.batchinfer, "tile_attention")):
+        if options.only not in case.name or (case.needs_tiles() and not hasattr(torch.ops.batchinfer, "tile_attention")):
             continue
         inputs = Inputs.of(case)
         settings: list[dict[str, int]] = [{}]

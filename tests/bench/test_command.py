@@ -167,7 +167,7 @@ def test_results_and_their_table(tmp_path: Path) -> None:
     assert lines[1].endswith("2.000 to 3.000 s in 2, 9 steps, at most 4 at once, 1 preemptions")
     text = facts(found)
     assert text[0] == "device:    NVIDIA H200, 140.4 GiB, 700 W, driver 580"
-    assert text[1] == "software:  torch 2.11, batchinfer 0.1, commit 0123456789ab, transformers 5.17"
+    assert text[1] == "software:  torch 2.11, batchinfer 0.1, transformers 5.17, commit 0123456789ab"
     assert text[3].startswith(
         "ceilings:  read 4.22 TB/s, copy 4.29 TB/s read and written, GEMM 792 TFLOP/s at 2,048 rows, 3.30 TF"
     )

@@ -22,7 +22,5 @@ def test_ceilings_are_near_the_datasheet() -> None:
     bandwidth, operations = facts.bandwidth_gb_s * 1e9, facts.tflops * 1e12
     assert 0.7 * bandwidth < found.read < bandwidth and 0.7 * bandwidth < found.copy < bandwidth
     assert 0.5 * operations < found.best_gemm < operations and 0.2 * operations < found.attention < operations
-    rates = [rate for _, rate in found.gemm]
-    assert rates == sorted(rates) or rates[-1] > 0.9 * max(rates)
     rows, least = found.gemm[0]
     assert rows == 1 and 0.5 * bandwidth < least < bandwidth  # one row: two operations for the two bytes of a weight

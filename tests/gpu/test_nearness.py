@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from batchinfer import ops
 from batchinfer.config import Config, EngineConfig, ModelConfig
@@ -61,17 +62,40 @@ def requests() -> list[Request]:
     return [Request(i, prompt, sampling[i], 0) for i, prompt in enumerate(prompts)]
 
 
-def distance(folder: Path, asked: list[Request], told: list[Told]) -> float:
-    """Root mean square of log-probability minus the exact one, over all generated tokens."""
+def exact_logprobs(folder: Path, asked: list[Request], told: list[Told]) -> list[float]:
+    """Of every generated token, scored by plain torch in float32."""
     exact = engine_of(folder, "float32", attention_backend="reference")
     scoring = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=0)
     texts = [Request(r.request_id, r.prompt_token_ids + t.token_ids, scoring, 0) for r, t in zip(asked, told, strict=True)]
-    gaps = []
-    for request, ours, scored in zip(asked, told, run(exact, texts), strict=True):
-        assert ours.logprobs is not None and scored.prompt is not None
-        truth = scored.prompt[len(request.prompt_token_ids) :]
-        gaps += [a.logprob - b.logprob for a, b in zip(ours.logprobs, truth, strict=True) if b is not None]
-    return float(np.sqrt(np.mean(np.square(gaps))))
+    found = []
+    for request, scored in zip(asked, run(exact, texts), strict=True):
+        assert scored.prompt is not None
+        found += [entry.logprob for entry in scored.prompt[len(request.prompt_token_ids) :] if entry is not None]
+    return found
+
+
+def own_logprobs(told: list[Told]) -> list[float]:
+    return [entry.logprob for t in told for entry in t.logprobs or []]
+
+
+def root_mean_square(a: list[float], b: list[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(np.subtract(a, b)))))
+
+
+def distance(folder: Path, asked: list[Request], told: list[Told]) -> float:
+    return root_mean_square(own_logprobs(told), exact_logprobs(folder, asked, told))
+
+
+def by_transformers(folder: Path, attention: str, asked: list[Request], told: list[Told]) -> list[float]:
+    """Of every generated token, scored by transformers in bfloat16."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+    found = []
+    for request, ours in zip(asked, told, strict=True):
+        text = torch.tensor([request.prompt_token_ids + ours.token_ids], device="cuda")
+        with torch.inference_mode():
+            scores = model(text).logits[0, len(request.prompt_token_ids) - 1 : -1].float().log_softmax(-1)
+        found += scores.gather(1, text[0, len(request.prompt_token_ids) :, None]).flatten().tolist()
+    return found
 
 
 @pytest.fixture(params=SHAPES)
@@ -95,3 +119,18 @@ def test_kernels_are_as_near_as_plain_torch(folder: Path) -> None:
         ours = distance(folder, asked, run(engine, asked))
         print(f"{way}: {ours:.4f}, by torch {by_torch:.4f}")
         assert ours < 1.3 * by_torch, way
+
+
+def test_kernels_are_within_the_spread_of_transformers(folder: Path) -> None:
+    asked = requests()
+    told = run(engine_of(folder, "bfloat16"), asked)
+    exact, ours = exact_logprobs(folder, asked, told), own_logprobs(told)
+    eager, sdpa = (by_transformers(folder, attention, asked, told) for attention in ("eager", "sdpa"))
+    spread = root_mean_square(eager, sdpa)
+    theirs = max(root_mean_square(eager, exact), root_mean_square(sdpa, exact))
+    print(
+        f"from exact: ours {root_mean_square(ours, exact):.4f}, transformers {theirs:.4f}; eager from sdpa {spread:.4f}; ", end=""
+    )
+    print(f"ours from eager {root_mean_square(ours, eager):.4f}, from sdpa {root_mean_square(ours, sdpa):.4f}")
+    assert root_mean_square(ours, exact) < 1.1 * theirs
+    assert min(root_mean_square(ours, eager), root_mean_square(ours, sdpa)) < 1.5 * spread
