@@ -1,6 +1,6 @@
-// Decode attention: bound by reading keys and values once. The warps of a block work on one part of the plan for one KV head; each
-// takes chunks of 16 tokens in turn and computes on them by itself (decode_attention_warp.cuh), with the next chunk on the way into
-// its registers while it computes. At the end of each segment they merge what they have in shared memory.
+// Decode attention: bound by reading keys and values once. The warps of a block work on one part of the plan for one KV head. Each
+// takes chunks of 16 tokens in turn and computes on them by itself (decode_attention_warp.cuh), with the next chunk on its way
+// into registers meanwhile. At the end of each segment they merge what they have in shared memory.
 //
 // The softmax is online (Milakov and Gimelshein 2018) per warp, split over the context as in Flash-Decoding (Dao et al. 2023).
 #include "decode_attention.h"
