@@ -1,4 +1,4 @@
-// Decode attention: bound by reading keys and values once. The warps of a block work on one part of the plan for one KV head; each
+// Decode attention: bound by reading keys and values once. The warps of a block work on a part of the plan for one KV head; each
 // takes chunks of 16 tokens in turn and computes on them by itself (decode_attention_warp.cuh), with the next chunk on its way
 // into registers meanwhile. At the end of each segment they merge what they have in shared memory.
 //
