@@ -43,6 +43,14 @@ class DevicePlan:
         return cls(counts, warps, buffer, **split_buffer(buffer, counts), partial_out=out, partial_lse=lse)
 
     @classmethod
+    def over(cls, plan: AttentionPlan, flat: Tensor, num_heads: int, head_dim: int) -> DevicePlan:
+        """The plan as it lies in `flat` on the device, where a copy of its buffer is, or will be when it is used."""
+        out = torch.empty(plan.counts.slots, num_heads, head_dim, dtype=torch.float32, device=flat.device)
+        lse = torch.empty(plan.counts.slots, num_heads, dtype=torch.float32, device=flat.device)
+        arrays = split_buffer(flat, plan.counts)
+        return cls(plan.counts, plan.warps, flat, **arrays, partial_out=out, partial_lse=lse)
+
+    @classmethod
     def of(cls, plan: AttentionPlan, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
         made = cls.empty(plan.counts, plan.warps, num_heads, head_dim, device)
         made.fill(plan)
@@ -54,12 +62,29 @@ class DevicePlan:
         self.buffer.copy_(torch.from_numpy(plan.buffer), non_blocking=True)
 
 
-def kernels_take(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether there are kernels for these types and shapes."""
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    dense = all(c.stride(3) == 1 and c.stride(1) == head_dim for c in (k_cache, v_cache)) and q.stride(1) == head_dim
-    shapes = head_dim in HEAD_DIMS and block_size % TOKENS == 0 and q.shape[1] // num_kv_heads <= MAX_GROUP
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and shapes and dense
+def kernels_take(k_cache: Tensor, group: int) -> bool:
+    """Whether there are kernels for a cache of this type and shape, with `group` query heads to a KV head."""
+    block_size, _, head_dim = k_cache.shape[1:]
+    dense = k_cache.stride(3) == 1 and k_cache.stride(1) == head_dim
+    shapes = head_dim in HEAD_DIMS and block_size % TOKENS == 0 and group <= MAX_GROUP
+    return k_cache.is_cuda and k_cache.dtype in (torch.float16, torch.bfloat16) and shapes and dense
+
+
+def planned_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: DevicePlan, scale: float, window: int | None
+) -> Tensor:
+    """As `reference.paged_attention` of the batch and window that the plan was made for. Rows of no sequence stay unwritten."""
+    load_kernels()
+    ops = torch.ops.batchinfer
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    caches, partial = (k_cache, v_cache, block_tables), (plan.partial_out, plan.partial_lse)
+    if plan.counts.tiles:
+        ops.tile_attention(q, *caches, plan.tiles, plan.tile_rows, out, *partial, scale, window or 0)
+    if plan.counts.parts:
+        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps)
+    if plan.counts.combine_rows:
+        ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
+    return out
 
 
 def paged_attention(
@@ -74,16 +99,6 @@ def paged_attention(
     plan: DevicePlan | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`; `plan` is that of the same batch and window. Rows of no sequence stay unwritten."""
-    if plan is None or not kernels_take(q, k_cache, v_cache):
+    if plan is None or not kernels_take(k_cache, q.shape[1] // k_cache.shape[2]):
         return reference.paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
-    load_kernels()
-    ops = torch.ops.batchinfer
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    caches, partial = (k_cache, v_cache, block_tables), (plan.partial_out, plan.partial_lse)
-    if plan.counts.tiles:
-        ops.tile_attention(q, *caches, plan.tiles, plan.tile_rows, out, *partial, scale, sliding_window or 0)
-    if plan.counts.parts:
-        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps)
-    if plan.counts.combine_rows:
-        ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
-    return out
+    return planned_attention(q, k_cache, v_cache, block_tables, plan, scale, sliding_window)

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _TWO_LAUNCHES = 20e6  # bytes that the device reads while two more kernels start
+_CHUNK_TOKENS, _CHUNKS = 16, 4  # a plan of fixed size has room for one chunk in so many tokens, and some more
 _BLOCK_BYTES = 512.0  # of one token and one KV head: keys and values, 128 dimensions, 2 bytes each
 
 
@@ -59,6 +60,10 @@ class PlanCounts(NamedTuple):
     slots: int = 0
 
 
+class PlanTooLarge(ValueError):
+    """A batch needs more than the fixed sizes of a plan."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanCapacity:
     """Fixed sizes, and a number of rows by which kernels are chosen, so that a CUDA graph finds everything where it was."""
@@ -69,27 +74,36 @@ class PlanCapacity:
     group_queries: int
 
     @classmethod
-    def for_rows(cls, rows: int, max_context: int, shape: AttentionShape, shared_prefixes: bool = True) -> PlanCapacity:
-        """For any batch of at most `rows` rows of one query token and at most `max_context` tokens each.
+    def for_tokens(cls, tokens: int, max_context: int, shape: AttentionShape, tiles: bool = True) -> PlanCapacity:
+        """For any rows of one query token, and all but the most scattered chunks of prompts, of at most `tokens` tokens in all.
 
-        Prefix groups that would not fit (more than one for two rows, or nested more than twice) are left out of a plan. Without
-        `shared_prefixes` there are none, and no tiles.
+        Contexts have at most `max_context` tokens. Prefix groups that would not fit (more than one for two rows, or nested more
+        than twice) are left out of a plan; chunks that would not fit are a `PlanTooLarge`. Without `tiles` there are neither.
         """
         longest = -(-max_context // shape.block_size)
-        segments = rows + min(shape.wanted_pieces(rows), rows * (max(0, longest - 1) // shape.min_blocks))
-        grouped = shared_prefixes and shape.window is None and rows > 1
-        tiles, queries = (rows // 2 + 1, 2 * rows) if grouped else (0, 0)
-        cuts = shape.wanted_tiles if grouped else 0
-        combined = grouped or segments > rows
+        segments = tokens + min(shape.wanted_pieces(tokens), tokens * (max(0, longest - 1) // shape.min_blocks))
+        tiles = tiles and tokens > 1
+        grouped = tiles and shape.window is None
+        group_tiles, group_queries = (tokens // 2 + 1, 2 * tokens) if grouped else (0, 0)
+        cuts = shape.wanted_tiles if tiles else 0
+        chunks = tokens // _CHUNK_TOKENS + _CHUNKS if tiles else 0
+        combined = tiles or segments > tokens
         counts = PlanCounts(
             segments=segments,
             parts=segments,
-            tiles=tiles + cuts,
-            tile_rows=queries,
-            combine_rows=rows if combined else 0,
-            slots=segments + queries + cuts * min(rows, TILE_ROWS) if combined else 0,
+            tiles=group_tiles + chunks + cuts,
+            tile_rows=group_queries + (tokens if tiles else 0),
+            combine_rows=tokens if combined else 0,
+            slots=segments + group_queries + cuts * min(tokens, TILE_ROWS) if combined else 0,
         )
-        return cls(rows, counts, tiles, queries)
+        return cls(tokens, counts, group_tiles, group_queries)
+
+    def without_tiles(self) -> PlanCapacity:
+        """The same for batches that share no prefixes and have no chunks: `for_tokens` without them."""
+        cut = self.counts.segments > self.rows
+        slots, combine_rows = (self.counts.segments, self.rows) if cut else (0, 0)
+        counts = self.counts._replace(tiles=0, tile_rows=0, slots=slots, combine_rows=combine_rows)
+        return PlanCapacity(self.rows, counts, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +156,14 @@ def plan_attention(
     """The plan of a batch as `ops.paged_attention` takes it, made from its index arrays on the host.
 
     cu_seqlens_q [S + 1], context_lens [S], block_tables [S, B], all int32.
-    With a capacity the batch must consist of rows of one query token that it was made for, and the plan has its sizes.
+    With a capacity the plan has its sizes, or those of `capacity.without_tiles()` where there are neither chunks nor shared
+    prefixes. PlanTooLarge: it does not fit them.
     """
     rows = Rows.of(cu_seqlens_q, context_lens)
     prefill = prefill_tiles(cu_seqlens_q, context_lens, shape)
-    assert capacity is None or not len(prefill.items), "a plan of fixed size is for rows of one query token"
     groups, covered = _worthwhile_groups(rows, block_tables, shape, capacity)
+    if capacity is not None and not groups and not len(prefill.items):
+        capacity = capacity.without_tiles()
     tiles = Tiles.join(prefill, prefix_tiles(groups, rows, shape)).cut(shape)
     begins = covered * shape.block_size
     if shape.window is not None:
@@ -155,6 +171,13 @@ def plan_attention(
     num_rows = capacity.rows if capacity else len(rows.token_rows)
     pieces = cut_rows(rows, begins, shape, num_rows, partial=covered > 0)
     return _assemble(tiles, pieces, shape, capacity, num_rows)
+
+
+def empty_plan(capacity: PlanCapacity, shape: AttentionShape) -> AttentionPlan:
+    """A plan of these sizes that has nothing to do."""
+    none = np.zeros(0, dtype=np.int32)
+    pieces = Pieces(none, none, none, none, none, none.astype(np.bool_))
+    return _assemble(Tiles(none.reshape(0, FIELDS), none), pieces, shape, capacity, capacity.rows)
 
 
 def _worthwhile_groups(
@@ -206,7 +229,8 @@ def _assemble(tiles: Tiles, pieces: Pieces, shape: AttentionShape, capacity: Pla
     )
     used = PlanCounts(len(order), len(part_indptr) - 1, len(tiles.items), len(tiles.rows), len(combine_rows), len(combine_slots))
     counts = capacity.counts if capacity else used
-    assert all(a <= b for a, b in zip(used, counts, strict=True)), f"a plan of {used} does not fit {counts}"
+    if any(a > b for a, b in zip(used, counts, strict=True)):
+        raise PlanTooLarge(f"a plan of {used} does not fit {counts}")
     buffer = np.zeros(buffer_size(counts), dtype=np.int32)
     plan = AttentionPlan(buffer, counts, shape.warps(num_rows), **split_buffer(buffer, counts))
     columns = (pieces.token_rows, pieces.sequences, pieces.begins, pieces.ends)

@@ -59,4 +59,4 @@ def test_nested_prefixes(heads: int, kv_heads: int, seed: int, monkeypatch: pyte
     assert plan.counts.tiles > 0
     assert relative_error(y, case.want()) < CLOSE[torch.bfloat16]
     shape = AttentionShape(block_size, heads, kv_heads, 132)
-    assert relative_error(run(case, PlanCapacity.for_rows(rows, 1000, shape))[0], case.want()) < CLOSE[torch.bfloat16]
+    assert relative_error(run(case, PlanCapacity.for_tokens(rows, 1000, shape))[0], case.want()) < CLOSE[torch.bfloat16]

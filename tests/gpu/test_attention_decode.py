@@ -74,7 +74,7 @@ def test_large_scores_and_one_row_that_overflows() -> None:
 def test_a_graph_replays_other_batches_of_its_capacity() -> None:
     cases = [make_case([*RAGGED[i:], *[0] * i], heads=8, kv_heads=2, seed=0) for i in range(3)]
     shape = shape_of(cases[0], min_piece=64)
-    capacity = PlanCapacity.for_rows(len(RAGGED), 1024, shape, shared_prefixes=False)
+    capacity = PlanCapacity.for_tokens(len(RAGGED), 1024, shape, tiles=False)
     plans = [plan_attention(c.cu_seqlens_q, c.context_lens, c.block_tables, shape, capacity) for c in cases]
     width = max(c.block_tables.shape[1] for c in cases)
     q, k, v, *indices = cases[0].tensors("cuda")

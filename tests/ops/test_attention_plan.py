@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.ops.attention_plan import TILE_ROWS, AttentionPlan, AttentionShape, PlanCapacity, plan_attention, with_tuning
+from batchinfer.ops.attention_pieces import prefill_tiles
+from batchinfer.ops.attention_plan import (
+    TILE_ROWS,
+    AttentionPlan,
+    AttentionShape,
+    PlanCapacity,
+    PlanTooLarge,
+    buffer_size,
+    empty_plan,
+    plan_attention,
+    with_tuning,
+)
 from batchinfer.ops.prefix_groups import find_prefix_groups
 from tests.ops.attention_cases import AttentionCase, make_case
 from tests.ops.attention_twin import covered, execute
@@ -115,15 +126,43 @@ def test_a_capacity_holds_any_batch_of_its_rows(seed: int, monkeypatch: pytest.M
     case.cu_seqlens_q, case.q = np.arange(len(single) + 1, dtype=np.int32), case.q[single]
     for rows in (len(single), len(single) + 7):
         shape = shape_of(case, min_piece=16 * int(1 + seed % 3), waves=int(1 + seed % 20))
-        capacity = PlanCapacity.for_rows(rows, int(case.context_lens.max(initial=1)), shape)
+        capacity = PlanCapacity.for_tokens(rows, int(case.context_lens.max(initial=1)), shape)
         plan = plan_of(case, shape, capacity)
-        assert plan.counts == capacity.counts and plan.warps == shape.warps(rows)
-        check(case, plan)
-        none = plan_of(
-            case, shape, PlanCapacity.for_rows(rows, int(case.context_lens.max(initial=1)), shape, shared_prefixes=False)
+        expected = capacity if len(plan.tiles) else capacity.without_tiles()
+        assert plan.counts == expected.counts and plan.warps == shape.warps(rows)
+        assert capacity.without_tiles() == PlanCapacity.for_tokens(
+            rows, int(case.context_lens.max(initial=1)), shape, tiles=False
         )
+        check(case, plan)
+        none = plan_of(case, shape, PlanCapacity.for_tokens(rows, int(case.context_lens.max(initial=1)), shape, tiles=False))
         assert len(none.tiles) == 0
         check(case, none)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_capacity_holds_chunks_beside_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_groups(monkeypatch)
+    case = random_case(seed)
+    tokens, longest = int(case.cu_seqlens_q[-1]), int(case.context_lens.max(initial=1))
+    shape = shape_of(case, min_piece=16 * int(1 + seed % 3), waves=int(1 + seed % 20))
+    for size in (tokens, tokens + 7, 4 * tokens):
+        capacity = PlanCapacity.for_tokens(size, longest, shape)
+        try:
+            plan = plan_of(case, shape, capacity)
+        except PlanTooLarge:
+            assert len(prefill_tiles(case.cu_seqlens_q, case.context_lens, shape).items) > size // 16 + 4, "it is not scattered"
+            continue
+        assert plan.counts == (capacity if len(plan.tiles) else capacity.without_tiles()).counts
+        check(case, plan)
+
+
+def test_an_empty_plan_has_the_sizes_of_its_capacity_and_nothing_to_do() -> None:
+    shape = AttentionShape(block_size=16, num_heads=8, num_kv_heads=2, num_multiprocessors=132)
+    capacity = PlanCapacity.for_tokens(40, 2048, shape)
+    for sizes in (capacity, capacity.without_tiles()):
+        plan = empty_plan(sizes, shape)
+        assert plan.counts == sizes.counts and len(plan.buffer) == buffer_size(sizes.counts)
+        assert not plan.part_indptr.any() and not plan.tiles[:, 1].any() and (plan.combine_rows == -1).all()
 
 
 def naive_groups(tables: list[list[int]]) -> set[tuple[frozenset[int], int, int]]:
