@@ -25,8 +25,6 @@ struct DecodeAttention {
   int num_parts, num_heads, num_kv_heads, block_size;
   int num_segments, num_tables, table_width, num_blocks;  // sizes of what is read ahead
   float scale;
-  // Nothing here depends on the previous kernel of the stream, which waits for the one before it as its first act: run beside it.
-  bool beside_previous;
   bool look_ahead;  // set at launch
 };
 

@@ -10,14 +10,15 @@ constexpr int kSegmentFields = 8, kMaxGroup = 16;
 
 void require_indices(const Tensor& tensor, int64_t dims, const char* name) {
   require_dtype(tensor, ScalarType::Int, name);
-  require(tensor.dim() == dims && (tensor.dim() != 1 || tensor.is_contiguous()), std::string(name) + ": wrong number of dimensions, or not dense");
+  require(tensor.dim() == dims && (dims > 1 || tensor.is_contiguous()),
+          std::string(name) + ": wrong number of dimensions, or not dense");
 }
 
 // [blocks, block_size, K, D] as a view of memory [blocks, K, block_size, D].
 void require_cache(const Tensor& cache, const Tensor& q, const char* name) {
   require(cache.dim() == 4 && cache.size(3) == q.size(2) && cache.scalar_type() == q.scalar_type(),
           std::string(name) + " must be [blocks, block_size, K, D] of q's element type");
-  require(cache.stride(1) == cache.size(3) || cache.size(1) == 1, std::string(name) + ": the tokens of a block must lie together");
+  require(cache.stride(1) == cache.size(3), std::string(name) + ": the tokens of a block must lie together");
   require(cache.size(1) % 16 == 0, std::string(name) + ": the block size must be a multiple of 16");
   require_vectors(cache, name);
 }
@@ -27,18 +28,20 @@ void require_partials(const Tensor& partial_out, const Tensor& partial_lse, int6
   require_dtype(partial_lse, ScalarType::Float, "partial_lse");
   require(partial_out.dim() == 3 && partial_out.size(1) == heads && partial_out.size(2) == dim && partial_out.is_contiguous(),
           "partial_out must be [slots, H, D], contiguous");
-  require(partial_lse.dim() == 2 && partial_lse.size(0) == partial_out.size(0) && partial_lse.size(1) == heads && partial_lse.is_contiguous(),
+  const bool alike = partial_lse.dim() == 2 && partial_lse.size(0) == partial_out.size(0) && partial_lse.size(1) == heads;
+  require(alike && partial_lse.is_contiguous(),
           "partial_lse must be [slots, H], contiguous");
 }
 
 void require_out(const Tensor& out, int64_t heads, int64_t dim) {
-  require(out.dim() == 3 && out.size(1) == heads && out.size(2) == dim && out.is_contiguous(), "out must be [T, H, D], contiguous");
+  require(out.dim() == 3 && out.size(1) == heads && out.size(2) == dim, "out must be [T, H, D]");
+  require(out.is_contiguous(), "out must be contiguous");
   require(dim == 64 || dim == 128, "the head dimension must be 64 or 128");
 }
 
 void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                          const Tensor& segments, const Tensor& part_indptr, Tensor out, Tensor partial_out, Tensor partial_lse,
-                         double scale, int64_t warps, bool beside_previous) {
+                         double scale, int64_t warps) {
   require(q.dim() == 3 && q.stride(1) == q.size(2), "q must be [T, H, D] with dense rows");
   require_vectors(q, "q");
   require_cache(k_cache, q, "k_cache");
@@ -82,7 +85,6 @@ void decode_attention_op(const Tensor& q, const Tensor& k_cache, const Tensor& v
       .table_width = static_cast<int>(block_tables.size(1)),
       .num_blocks = static_cast<int>(std::min(k_cache.size(0), v_cache.size(0))),
       .scale = static_cast<float>(scale),
-      .beside_previous = beside_previous,
   };
   decode_attention(a, static_cast<int>(dim), static_cast<int>(warps), dtype_of(q), Stream(out));
 }
@@ -117,7 +119,7 @@ void combine_attention_op(Tensor out, const Tensor& partial_out, const Tensor& p
 STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor segments, Tensor part_indptr, "
-      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps, bool beside_previous) -> ()");
+      "Tensor(a!) out, Tensor(b!) partial_out, Tensor(c!) partial_lse, float scale, int warps) -> ()");
   m.def(
       "combine_attention(Tensor(a!) out, Tensor partial_out, Tensor partial_lse, Tensor combine_rows, Tensor combine_indptr, "
       "Tensor combine_slots) -> ()");

@@ -78,11 +78,10 @@ def planned_attention(
     ops = torch.ops.batchinfer
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     caches, partial = (k_cache, v_cache, block_tables), (plan.partial_out, plan.partial_lse)
-    beside_tiles = plan.counts.tiles > 0  # rows need nothing of tiles, and read memory while tiles multiply
     if plan.counts.tiles:
         ops.tile_attention(q, *caches, plan.tiles, plan.tile_rows, out, *partial, scale, window or 0)
     if plan.counts.parts:
-        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps, beside_tiles)
+        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps)
     if plan.counts.combine_rows:
         ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
     return out

@@ -34,8 +34,8 @@ def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int
     return paged_attention(q, k, v, *indices, case.scale, case.window, plan), plan
 
 
-@pytest.mark.parametrize("window", [None, 1, 70, 5000])
-@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (8, 2), (6, 2), (16, 1)])
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (8, 2), (16, 1)])
 @pytest.mark.parametrize("dim, dtype", [(128, torch.bfloat16), (64, torch.bfloat16), (128, torch.float16)])
 def test_prompts_chunks_and_rows(dim: int, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None) -> None:
     contexts = [300, 129, 5, 0, 700, 64, 1, 1000, 17]
@@ -45,7 +45,7 @@ def test_prompts_chunks_and_rows(dim: int, dtype: torch.dtype, heads: int, kv_he
         assert relative_error(run(case, **tuning)[0], case.want()) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2)])
 def test_nested_prefixes(heads: int, kv_heads: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchinfer.ops.attention_plan._TWO_LAUNCHES", 0.0)

@@ -40,15 +40,15 @@ def test_groups_of_heads(heads: int, kv_heads: int, dim: int, dtype: torch.dtype
     assert relative_error(run(case, min_piece=64), case.want()) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 48, 128])
-@pytest.mark.parametrize("window", [None, 1, 23, 64, 5000])
-@pytest.mark.parametrize("warps", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("window", [None, 1, 23, 5000])
+@pytest.mark.parametrize("warps", [1, 3, 16])
 def test_blocks_windows_and_warps(block_size: int, window: int | None, warps: int) -> None:
     case = make_case(RAGGED, heads=4, kv_heads=2, block_size=block_size, window=window, seed=warps)
     assert relative_error(run(case, warps=warps, min_piece=48, waves=2), case.want()) < CLOSE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_batches_however_they_are_cut(seed: int) -> None:
     random = np.random.default_rng(seed)
     contexts = random.integers(0, random.choice([40, 400, 1500]), random.integers(1, 70)).tolist()
