@@ -17,12 +17,16 @@ from batchinfer.ops.precision import accumulation_dtype
 from batchinfer.ops.reference_attention import paged_attention
 from batchinfer.ops.reference_logprobs import LogProbabilities, log_probabilities
 from batchinfer.ops.reference_penalties import apply_penalties, apply_token_bitmask
-from batchinfer.ops.reference_sampling import sample
+from batchinfer.ops.reference_sampling import draw, greedy, sample
 
 __all__ = [
     "LogProbabilities",
     "apply_penalties",
     "apply_token_bitmask",
+    "draw",
+    "embedding",
+    "feed_tokens",
+    "greedy",
     "log_probabilities",
     "paged_attention",
     "rms_norm",
@@ -80,3 +84,25 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [T, 2I] = (gate, up): the gated MLP's activation. Returns [T, I]."""
     gate, up = gate_up.to(accumulation_dtype(gate_up.dtype)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def embedding(token_ids: Tensor, weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows of weight [V, D] by token_ids [T]: row i is that of token start + i. Returns [T, D].
+
+    Tokens outside of [start, stop) give zeros: a rank that holds a part of the vocabulary adds nothing for the others'.
+    """
+    stop = start + weight.shape[0] if stop is None else stop
+    elsewhere = (token_ids < start) | (token_ids >= stop)
+    rows = torch.nn.functional.embedding((token_ids - start).masked_fill(elsewhere, 0), weight)
+    return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+def feed_tokens(token_ids: Tensor, last_tokens: Tensor, slot_mapping: Tensor, token_cache: Tensor) -> Tensor:
+    """Resolve token_ids [T] and store them at slot_mapping [T] of token_cache [places + 1]. Returns [T].
+
+    An id below 0 stands for last_tokens[-1 - id], what was drawn in the step before. Slot -1 is not stored: the last place of
+    the cache is nobody's, and may or may not be written. All are int32.
+    """
+    resolved = torch.where(token_ids < 0, last_tokens[(-1 - token_ids).clamp(min=0)], token_ids)
+    token_cache[slot_mapping] = resolved
+    return resolved

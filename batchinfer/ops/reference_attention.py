@@ -20,7 +20,7 @@ _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Some consecutive queries of one sequence and the blocks that hold every key they may see."""
 
     sequence: int
@@ -49,17 +49,24 @@ def paged_attention(
     is not a sequence's own never matters to it, not even NaN in its last block: one that overflows spoils no other.
     """
     out = torch.zeros_like(q)
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    block_bytes = 2 * block_size * num_kv_heads * head_dim * k_cache.element_size()
-    score_bytes = q.shape[1] * block_size * max(4, q.element_size())
-    pieces = _cut(cu_seqlens_q.tolist(), context_lens.tolist(), block_size, score_bytes, sliding_window)
-    pieces.sort(key=lambda piece: (piece.num_queries, piece.num_blocks), reverse=True)
-    for group in _group(pieces, block_bytes, score_bytes):
+    for group in pieces_of(q, k_cache, cu_seqlens_q, context_lens, sliding_window):
         _attend(out, q, k_cache, v_cache, block_tables, group, scale, sliding_window)
     return out
 
 
-def _cut(cu_seqlens_q: list[int], context_lens: list[int], block_size: int, score_bytes: int, window: int | None) -> list[_Piece]:
+def pieces_of(
+    q: Tensor, k_cache: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor, window: int | None
+) -> Iterator[list[Piece]]:
+    """The attention of a batch in groups of pieces that are to be padded to a common shape and computed at once."""
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    block_bytes = 2 * block_size * num_kv_heads * head_dim * k_cache.element_size()
+    score_bytes = q.shape[1] * block_size * max(4, q.element_size())
+    pieces = _cut(cu_seqlens_q.tolist(), context_lens.tolist(), block_size, score_bytes, window)
+    pieces.sort(key=lambda piece: (piece.num_queries, piece.num_blocks), reverse=True)
+    yield from _group(pieces, block_bytes, score_bytes)
+
+
+def _cut(cu_seqlens_q: list[int], context_lens: list[int], block_size: int, score_bytes: int, window: int | None) -> list[Piece]:
     """Pieces whose scores stay within TEMPORARY_BYTES; a sequence of a few tokens is one piece."""
     pieces = []
     for sequence, context in enumerate(context_lens):
@@ -72,13 +79,13 @@ def _cut(cu_seqlens_q: list[int], context_lens: list[int], block_size: int, scor
             position = context - (end - query)
             block = 0 if window is None else max(0, position - window + 1) // block_size
             last = (context - (end - stop) - 1) // block_size
-            pieces.append(_Piece(sequence, query, stop - query, position, block, last - block + 1))
+            pieces.append(Piece(sequence, query, stop - query, position, block, last - block + 1))
     return pieces
 
 
-def _group(pieces: list[_Piece], block_bytes: int, score_bytes: int) -> Iterator[list[_Piece]]:
+def _group(pieces: list[Piece], block_bytes: int, score_bytes: int) -> Iterator[list[Piece]]:
     """Neighbours that fit TEMPORARY_BYTES when padded to the largest, which is at most twice the smallest."""
-    group: list[_Piece] = []
+    group: list[Piece] = []
     num_queries = num_blocks = 0
     for piece in pieces:
         wide = max(num_blocks, piece.num_blocks)
@@ -99,7 +106,7 @@ def _attend(
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
-    group: list[_Piece],
+    group: list[Piece],
     scale: float,
     window: int | None,
 ) -> None:

@@ -46,6 +46,22 @@ inline void require_vectors(const Tensor& tensor, const char* name) {
             std::string(name) + ": strides must be multiples of 16 bytes");
 }
 
+// Whether every row along the last dimension begins and ends on 16 bytes: `require_vectors` as a question, rows being whole.
+inline bool in_vectors(const Tensor& tensor) {
+  const int64_t per_vector = 16 / static_cast<int64_t>(tensor.element_size()), last = tensor.dim() - 1;
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0 || tensor.size(last) % per_vector != 0) return false;
+  for (int64_t i = 0; i < last; ++i)
+    if (tensor.size(i) > 1 && tensor.stride(i) % per_vector != 0) return false;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
 template <typename T>
 T* pointer(const Tensor& tensor) {
   return static_cast<T*>(const_cast<void*>(tensor.data_ptr()));
