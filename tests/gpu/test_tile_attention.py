@@ -48,9 +48,9 @@ class Batch:
         return self.q.shape[2] ** -0.5
 
     def reference(self, window: int | None = None) -> Tensor:
-        wide = [tensor.double() for tensor in (self.q, self.k_cache, self.v_cache)]
+        q, k_cache, v_cache = (tensor.double() for tensor in (self.q, self.k_cache, self.v_cache))
         starts, contexts = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in (self.starts, self.contexts))
-        return paged_attention(*wide, self.tables, starts, contexts, self.scale, window)
+        return paged_attention(q, k_cache, v_cache, self.tables, starts, contexts, self.scale, window)
 
 
 def make_batch(form: tuple[int, int, int, int, torch.dtype], lengths: list[tuple[int, int]], seed: int = 0) -> Batch:
