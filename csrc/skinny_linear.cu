@@ -1,11 +1,11 @@
 // Matrix products of few rows. Bound by memory: the weights are read once, and next to nothing else is.
 //
-// One block for each multiprocessor. The next kernel is let start when a block has begun its last reads, so that its own first
-// reads of weights (which depend on nothing) keep the memory busy while this one ends.
+// One block for each multiprocessor, with rings as deep as shared memory holds. The next kernel's block takes its place while
+// other blocks still work, and reads its first weights, which depend on nothing, before it waits: so the memory stays busy
+// between kernels.
 #include "skinny_linear.h"
 
-#include <cstdio>
-#include <cstdlib>
+#include <stdexcept>
 
 #include "common/launch.h"
 #include "skinny_linear.cuh"
@@ -113,52 +113,40 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_linear_kernel(const Skinny
 }
 
 template <typename T, int kColumns, int kTiles, int kDepth, int kNorm>
-void run(const SkinnyLinear& p, cudaStream_t stream) {
+size_t shared_bytes(const SkinnyLinear& p) {
   using Feed = Ring<kTiles, kDepth, (kNorm > 0 ? 0 : kColumns)>;
-  size_t smem = kWarps * (kDepth * Feed::stage_bytes(p.rows) + partial_buffers(p.rows) * partial_floats<kTiles>(p.rows) * sizeof(float));
-  if (kNorm > 0) smem += size_t(p.rows) * (p.size * 2 + kXPad);
+  const size_t partial = partial_buffers(p.rows) * partial_floats<kTiles>(p.rows) * sizeof(float);
+  const size_t normed = kNorm > 0 ? size_t(p.rows) * (p.size * 2 + kXPad) : 0;
+  return kWarps * (kDepth * Feed::stage_bytes(p.rows) + partial) + normed;
+}
+
+template <typename T, int kColumns, int kTiles, int kDepth, int kNorm>
+bool run_if_it_fits(const SkinnyLinear& p, cudaStream_t stream) {
+  const size_t smem = shared_bytes<T, kColumns, kTiles, kDepth, kNorm>(p);
+  if (smem > size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))) return false;
   auto* kernel = skinny_linear_kernel<T, kColumns, kTiles, kDepth, kNorm>;
   launch("skinny_linear", kernel, dim3(num_multiprocessors()), dim3(kThreads), smem, stream, p);
+  return true;
+}
+
+// The deepest rings that the device's shared memory holds: 227 KB on Hopper, 163 KB on A100, 99 KB on other cards.
+template <typename T, int kColumns, int kNorm>
+void run(const SkinnyLinear& p, cudaStream_t stream) {
+  if (run_if_it_fits<T, kColumns, 2, (kColumns == 1 ? 5 : 4), kNorm>(p, stream)) return;
+  if (run_if_it_fits<T, kColumns, 2, 3, kNorm>(p, stream)) return;
+  if (run_if_it_fits<T, kColumns, 1, (kColumns == 1 ? 3 : 2), kNorm>(p, stream)) return;
+  throw std::runtime_error("skinny_linear: this device has too little shared memory");
 }
 
 }  // namespace
 
 void skinny_linear(const SkinnyLinear& p, Dtype dtype, cudaStream_t stream) {
-  int v[6] = {2, 5, 2, 5, 2, 4};  // normed, up to 8 rows, up to 16 rows: tiles, depth
-  if (const char* text = std::getenv("BATCHINFER_SKINNY"))
-    std::sscanf(text, "%d,%d,%d,%d,%d,%d", v, v + 1, v + 2, v + 3, v + 4, v + 5);
-  const bool norm = p.norm_weight != nullptr;
   dispatch_half(dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr bool kAll = std::is_same_v<T, __nv_bfloat16>;
-    const int columns = p.rows <= 8 ? 1 : 2;
-    const int* at = norm ? v : columns == 1 ? v + 2 : v + 4;
-    const int vectors = !norm ? 0 : p.rows * p.size <= 4096 ? 2 : 4;
-    bool done = false;
-    auto consider = [&]<int kColumns, int kTiles, int kDepth, int kNorm>() {
-      if (done || columns != kColumns || at[0] != kTiles || at[1] != kDepth || vectors != kNorm) return;
-      run<T, kColumns, kTiles, kDepth, kNorm>(p, stream);
-      done = true;
-    };
-    consider.template operator()<1, 2, 5, 2>();
-    consider.template operator()<1, 2, 5, 4>();
-    consider.template operator()<1, 2, 5, 0>();
-    consider.template operator()<2, 2, 4, 0>();
-    if constexpr (kAll) {
-      consider.template operator()<1, 2, 6, 2>();
-      consider.template operator()<1, 2, 4, 2>();
-      consider.template operator()<1, 1, 9, 2>();
-      consider.template operator()<1, 2, 6, 0>();
-      consider.template operator()<1, 2, 4, 0>();
-      consider.template operator()<1, 2, 3, 0>();
-      consider.template operator()<1, 1, 8, 0>();
-      consider.template operator()<1, 4, 2, 0>();
-      consider.template operator()<2, 2, 3, 0>();
-      consider.template operator()<2, 4, 2, 0>();
-      consider.template operator()<2, 1, 6, 0>();
-      consider.template operator()<2, 1, 2, 0>();
-    }
-    if (!done) throw std::invalid_argument("no such skinny variant");
+    if (p.norm_weight != nullptr)
+      p.rows * p.size <= kSkinnyMaxNormed / 2 ? run<T, 1, 2>(p, stream) : run<T, 1, 4>(p, stream);
+    else
+      p.rows <= 8 ? run<T, 1, 0>(p, stream) : run<T, 2, 0>(p, stream);
   });
 }
 

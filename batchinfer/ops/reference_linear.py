@@ -30,10 +30,6 @@ def norm_linear_silu(
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if residual is None:
-        normed = rms_norm(x, weight, eps)
-        assert isinstance(normed, Tensor)
-        return normed, x
-    both = rms_norm(x, weight, eps, residual)
-    assert isinstance(both, tuple)
-    return both
+    """The normed rows and the new residual."""
+    done = rms_norm(x, weight, eps, residual)
+    return done if isinstance(done, tuple) else (done, x)

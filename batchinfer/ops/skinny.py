@@ -2,6 +2,8 @@
 
 The same functions as `reference_linear.py`. With a few rows the norm before a product and the activation after it are
 done inside it, which saves small kernels that cost as much as a tenth of a step.
+
+The kernel may read weights before the kernel just before it has ended: no such kernel may write them.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from torch import Tensor
 from batchinfer.ops.elementwise import rms_norm, silu_and_mul
 from batchinfer.ops.library import load_kernels
 
-MAX_ROWS = 16  # above, cuBLAS is as near to the memory's rate
-MAX_NORM_ROWS = 2  # every block norms all rows for itself
+MAX_ROWS = 16  # above, every block's reading of x costs so much that cuBLAS is faster
+MAX_NORM_ROWS = 2  # every block norms all rows for itself: for 4 that costs more than a kernel of its own
 MAX_NORM_ELEMENTS = 8192  # of the normed rows, which threads hold in registers
 UNIT = 64  # the kernel takes contraction indices in such pieces
 

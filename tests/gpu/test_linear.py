@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchinfer.ops import linear as ops
 from batchinfer.ops import reference_linear as reference
+from batchinfer.ops import skinny as ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
