@@ -186,7 +186,7 @@ void launch_softmax(const Softmax& s, cudaStream_t stream) {
   if (chunks <= 8) return launch_rows<S, P, 8, 1>(s, stream);
   if (chunks <= 16) return launch_rows<S, P, 2, 8>(s, stream);
   if (chunks <= 32) return launch_rows<S, P, 4, 8>(s, stream);
-  if (chunks <= 64) return launch_rows<S, P, 2, 32>(s, stream);
+  if (chunks <= 64) return launch_rows<S, P, 4, 16>(s, stream);
   if (chunks <= 128) return launch_rows<S, P, 4, 32>(s, stream);
   launch("fused_softmax", online_softmax_kernel<S, P, true>, dim3(s.rows), dim3(kThreads), 0, stream, s);
 }

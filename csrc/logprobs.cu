@@ -1,5 +1,5 @@
-// Log-softmax at chosen tokens and at the k likeliest ones, without storing that of any other. A row is read three times, the last
-// two times mostly from the L2 cache: for its maximum, for the sum and the rank, and to find the likeliest (sampling_filter.cuh).
+// Log-softmax at chosen tokens and at the k likeliest ones, without storing that of any other. A row is read for its maximum, for
+// the sum and the rank, and a few times more to find the likeliest (sampling_filter.cuh); from the L2 cache, if it has room.
 #include "logprobs.h"
 
 #include "sampling_filter.cuh"
@@ -43,8 +43,8 @@ __device__ Counted count(const Slice<T>& slice, Cluster& cluster, float max, flo
 
 // Every admitted token goes into block 0's list, which then puts each into its place: that many are before it.
 template <typename T>
-__device__ void tell_likeliest(const Slice<T>& slice, Cluster& cluster, Block& block, const Border& border, float max, float log_total,
-                               int64_t* ids, float* logprobs, int k) {
+__device__ void tell_likeliest(const Slice<T>& slice, Cluster& cluster, Block& block, const Border& border, float max,
+                               float log_total, int64_t* ids, float* logprobs, int k) {
   for (int token = slice.first_of_thread(); token < slice.end; token += Slice<T>::kStep) {
     const Packed<T> v = slice.load(token);
 #pragma unroll
@@ -69,8 +69,9 @@ __device__ void tell_nothing(const LogProbabilities& told, int64_t row, int k) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 2) log_probabilities_kernel(LogProbabilities told, const T* logits, int64_t stride,
-                                                                              int size, const int64_t* token_ids, int k, int splits) {
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    log_probabilities_kernel(LogProbabilities told, const T* logits, int64_t stride, int size, const int64_t* token_ids, int k,
+                             int splits) {
   __shared__ Block block;
   const int64_t row = blockIdx.x / splits;
   const int split = blockIdx.x % splits;
@@ -102,8 +103,8 @@ void log_probabilities(const LogProbabilities& told, const Logits& logits, const
   splits = choose_splits(logits, splits, 4000);
   dispatch(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch_rows("log_probabilities", log_probabilities_kernel<T>, logits.rows, splits, stream, told, static_cast<const T*>(logits.data),
-                logits.stride, logits.size, token_ids, k, splits);
+    launch_rows("log_probabilities", log_probabilities_kernel<T>, logits.rows, splits, stream, told,
+                static_cast<const T*>(logits.data), logits.stride, logits.size, token_ids, k, splits);
   });
 }
 

@@ -11,7 +11,7 @@ namespace batchinfer {
 namespace {
 
 constexpr int kShortThreads = 256, kThreads = 512, kMaxThreads = 1024;
-constexpr int kElements = 16;  // of a long row a thread: fewer threads wait less for each other, more would have too little in flight
+constexpr int kElements = 16;  // of a long row, a thread's: with fewer, more threads wait for each other's sums
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const NormRows& rows, int64_t row, int inner) {

@@ -1,17 +1,16 @@
-// Rotary embedding with the KV-cache write. Bound by memory: queries, keys and values are read once and written once. A thread
-// keeps the cosines and sines of its elements for several heads of a token. Products and sums are rounded one by one, never
-// fused, as the reference's are: the results are equal to the last bit.
+// Rotary embedding with the KV-cache write. Bound by memory: queries, keys and values are read once and written once. The cosines
+// and sines of a token are read by each of its heads, from the multiprocessor's cache: threads with several heads each would read
+// them less often, but their few large blocks fill the last wave worse. Products and sums are rounded one by one, never fused, as
+// the reference's are: the results are equal to the last bit.
 #include "rope.h"
 
 #include "common/device.cuh"
 #include "common/launch.h"
-#include "common/tune.h"
 
 namespace batchinfer {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFewTokens = 64;  // so few blocks leave multiprocessors idle: heads are spread wider
 
 // Heads are numbered through: queries, then keys, then values.
 template <typename T>
@@ -54,40 +53,34 @@ __device__ __forceinline__ void turn(Vector<T>& first, Vector<T>& second, const 
   }
 }
 
-// A block a token (and share of its heads); `lanes` threads a head with 16 bytes of each half, and kHeads heads a thread.
-template <typename T, int kHeads>
+// A token takes the blocks along y, `heads_at_once` heads each; `lanes` threads a head, with 16 bytes of each half.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ Rope rope, int lanes, int heads_at_once) {
   using V = Vector<T>;
   const int half = rope.head_dim / 2, turned = rope.num_heads + rope.num_kv_heads, total = turned + rope.num_kv_heads;
   const int64_t token = blockIdx.x;
   const int group = threadIdx.x / lanes, column = (threadIdx.x - group * lanes) * V::kSize;
+  const int head = blockIdx.y * heads_at_once + group;
   wait_for_previous();
   let_next_start();
-  if (group >= heads_at_once) return;
-  const auto head = [&](int i) { return (static_cast<int>(blockIdx.y) * kHeads + i) * heads_at_once + group; };
-  V first[kHeads], second[kHeads];
+  if (group >= heads_at_once || head >= total) return;
+  // All loads before the first use of any, so that few tokens wait for two of them in turn, not for four.
+  const T* from = head_of<T>(rope, token, head) + column;
+  V first = V::load(from), second = V::load(from + half);
+  const int slot = rope.slots[token], position = rope.positions[token];
+  if (head < turned) {
+    const float* angles = rope.cos_sin + int64_t(position) * rope.head_dim + column;
+    alignas(16) float cosines[V::kSize], sines[V::kSize];
 #pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    if (head(i) >= total) continue;
-    const T* from = head_of<T>(rope, token, head(i)) + column;
-    first[i] = V::load(from), second[i] = V::load(from + half);
+    for (int i = 0; i < V::kSize; i += 4) {
+      *reinterpret_cast<float4*>(cosines + i) = *reinterpret_cast<const float4*>(angles + i);
+      *reinterpret_cast<float4*>(sines + i) = *reinterpret_cast<const float4*>(angles + half + i);
+    }
+    turn(first, second, cosines, sines);
   }
-  const int slot = rope.slots[token];
-  const float* angles = rope.cos_sin + int64_t(rope.positions[token]) * rope.head_dim + column;
-  alignas(16) float cosines[V::kSize], sines[V::kSize];
-#pragma unroll
-  for (int i = 0; i < V::kSize; i += 4) {
-    *reinterpret_cast<float4*>(cosines + i) = *reinterpret_cast<const float4*>(angles + i);
-    *reinterpret_cast<float4*>(sines + i) = *reinterpret_cast<const float4*>(angles + half + i);
-  }
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    if (head(i) >= total) continue;
-    T* to = place_of<T>(rope, token, head(i), slot);
-    if (to == nullptr) continue;
-    if (head(i) < turned) turn(first[i], second[i], cosines, sines);
-    first[i].store(to + column), second[i].store(to + column + half);
-  }
+  T* to = place_of<T>(rope, token, head, slot);
+  if (to == nullptr) return;
+  first.store(to + column), second.store(to + column + half);
 }
 
 // Any even head size at any alignment, an element of each half at a time.
@@ -110,14 +103,12 @@ __global__ void __launch_bounds__(kThreads) rope_by_element_kernel(const __grid_
   }
 }
 
-template <typename T, int kHeads>
+template <typename T>
 void launch_rope(const Rope& rope, int lanes, cudaStream_t stream) {
-  const int heads = rope.num_heads + 2 * rope.num_kv_heads;
-  const int passes = (heads + kHeads - 1) / kHeads;  // groups of threads that kHeads heads each need
-  const int most = kThreads / lanes, blocks = (passes + most - 1) / most, heads_at_once = (passes + blocks - 1) / blocks;
+  const int heads = rope.num_heads + 2 * rope.num_kv_heads, most = kThreads / lanes;
+  const int blocks = (heads + most - 1) / most, heads_at_once = (heads + blocks - 1) / blocks;
   const unsigned threads = (heads_at_once * lanes + kWarp - 1) / kWarp * kWarp;
-  launch("rope_and_cache", rope_kernel<T, kHeads>, dim3(rope.num_tokens, blocks), dim3(threads), 0, stream, rope, lanes,
-         heads_at_once);
+  launch("rope_and_cache", rope_kernel<T>, dim3(rope.num_tokens, blocks), dim3(threads), 0, stream, rope, lanes, heads_at_once);
 }
 
 }  // namespace
@@ -128,10 +119,7 @@ void rope_and_cache(const Rope& rope, Dtype dtype, cudaStream_t stream) {
     const int lanes = rope.head_dim / 2 / Vector<T>::kSize;
     if (!rope.aligned || lanes > kThreads)
       return launch("rope_and_cache", rope_by_element_kernel<T>, dim3(rope.num_tokens), dim3(kThreads), 0, stream, rope);
-    if (rope.num_tokens <= kFewTokens) return launch_rope<T, 1>(rope, lanes, stream);
-    if (tune("ROPE_HEADS", 4) == 2) return launch_rope<T, 2>(rope, lanes, stream);
-    if (tune("ROPE_HEADS", 4) == 1) return launch_rope<T, 1>(rope, lanes, stream);
-    launch_rope<T, 4>(rope, lanes, stream);
+    launch_rope<T>(rope, lanes, stream);
   });
 }
 

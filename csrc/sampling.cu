@@ -1,9 +1,9 @@
-// Greedy and random choice of tokens. Bound by memory: greedy reads every logit once. Drawing reads a row twice, the second time
-// mostly from the L2 cache, and there the integer arithmetic of Philox takes about as long as memory does.
+// Greedy and random choice of tokens. Greedy reads every logit once, bound by memory. Drawing reads a row twice, the second time
+// partly from the L2 cache, and is bound by the integer arithmetic of Philox there.
 //
-// A token's noise is computed only if the token can still win. Of every 16 bytes of logits, the best score and the highest noise there
-// is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest word's noise that
-// takes one logarithm. Both are bounds from above with a margin for rounding, so no draw changes.
+// A token's noise is computed only if the token can still win. Of every 16 bytes of logits, the best score and the highest noise
+// there is must reach the best sum that the block has seen; after Philox, so must the best score and a bound of the highest
+// word's noise that takes one logarithm. Both are bounds from above with a margin for rounding, so no draw changes.
 #include "sampling.h"
 
 #include <cfloat>
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* token_ids, bool* broken, const T* logits, int64_t stride,
-                                                                   int size, Drawing drawing, int splits) {
+__global__ void __launch_bounds__(kSampleThreads, 2)
+    sample_kernel(int64_t* token_ids, bool* broken, const T* logits, int64_t stride, int size, Drawing drawing, int splits) {
   __shared__ Block block;
   __shared__ Columns columns;
   const int index = blockIdx.x / splits, split = blockIdx.x % splits;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2) sample_kernel(int64_t* toke
   const double top_p = drawing.top_p[index], min_p = drawing.min_p[index];
   Border border = {kAnyMagnitude, kAnyToken};
   if ((top_k > 0 && top_k < size) || top_p < 1 || min_p > 0)
-    border = border_of(slice, scores, cluster, columns, Limits{top_k, top_p < 1, float(top_p), float(min_p)}, packed_token(highest));
+    border = border_of(slice, scores, cluster, columns, {top_k, top_p < 1, float(top_p), float(min_p)}, packed_token(highest));
   if (threadIdx.x == 0) {
     const int64_t seed = drawing.seeds[index];
     block.row = {scores, uint32_t(drawing.positions[index]), {uint32_t(seed), uint32_t(seed >> 32)}, border};

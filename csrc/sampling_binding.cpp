@@ -21,8 +21,9 @@ T* per_row(const Tensor& tensor, const Tensor& logits, ScalarType dtype, const c
 }
 
 void greedy_op(Tensor token_ids, Tensor broken, const Tensor& logits, int64_t splits) {
-  greedy(per_row<int32_t>(token_ids, logits, ScalarType::Int, "token_ids"), per_row<bool>(broken, logits, ScalarType::Bool, "broken"),
-         logits_of(logits, splits), static_cast<int>(splits), Stream(logits));
+  greedy(per_row<int32_t>(token_ids, logits, ScalarType::Int, "token_ids"),
+         per_row<bool>(broken, logits, ScalarType::Bool, "broken"), logits_of(logits, splits), static_cast<int>(splits),
+         Stream(logits));
 }
 
 void sample_op(Tensor token_ids, Tensor broken, const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
@@ -44,8 +45,8 @@ void sample_op(Tensor token_ids, Tensor broken, const Tensor& logits, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
   m.def("greedy(Tensor(a!) token_ids, Tensor(b!) broken, Tensor logits, int splits) -> ()");
   m.def(
-      "sample(Tensor(a!) token_ids, Tensor(b!) broken, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
-      "Tensor seeds, Tensor positions, int splits) -> ()");
+      "sample(Tensor(a!) token_ids, Tensor(b!) broken, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, "
+      "Tensor min_p, Tensor seeds, Tensor positions, int splits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchinfer, CUDA, m) {

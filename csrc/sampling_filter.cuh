@@ -4,8 +4,8 @@
 // the filters leave is all tokens up to a border in the order (magnitude, token). It is found digit by digit: a pass sums the
 // tokens' weights (1 for top-k, their probability for top-p) over eight bins of what is still in question, and the bin in which
 // the sum reaches its target is looked into next. Weights are integers, so that sums depend on no order and a bin's parts add up
-// to it exactly. A thread keeps its tokens that are still in question in shared memory once they fit, and reads its share of the row
-// again until then.
+// to it exactly. A thread keeps its tokens that are still in question in shared memory once they fit, and reads its share of the
+// row again until then.
 #pragma once
 
 #include "sampling_row.cuh"
@@ -223,8 +223,8 @@ class Search {
     }
   }
 
-  // The same for those that the thread kept of them, or for all where they were too many. body(key) says whether the token is still
-  // in question. Returns how many are.
+  // The same for those that the thread kept of them, or for all where they were too many. body(key) says whether the token is
+  // still in question. Returns how many are.
   template <typename Select, typename Body>
   __device__ __forceinline__ int each_kept(Select select, int kept, Body body) const {
     int left = 0;

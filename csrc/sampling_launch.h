@@ -7,13 +7,14 @@
 
 namespace batchinfer {
 
-// A power of two, if `given` is 0: more than one block where rows leave multiprocessors idle, as long as each has `least` tokens or
-// more. One where there are no clusters.
+// A power of two, if `given` is 0: more than one block where rows leave multiprocessors idle, as long as each has `least` tokens
+// or more. One where there are no clusters.
 inline int choose_splits(const Logits& logits, int given, int least) {
   if (!is_hopper_or_later()) return 1;
   if (given > 0) return given;
   int splits = 1;
-  while (splits < kMaxSplits && 2 * splits * logits.rows <= num_multiprocessors() && logits.size >= 2 * splits * least) splits *= 2;
+  while (splits < kMaxSplits && 2 * splits * logits.rows <= num_multiprocessors() && logits.size >= 2 * splits * least)
+    splits *= 2;
   return splits;
 }
 

@@ -15,7 +15,8 @@ __device__ __forceinline__ uint2 multiply(uint32_t a, uint32_t b) {
   return p;
 }
 
-// Words for tokens 4 * group ... 4 * group + 3: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of counter (group, position, 0, 0).
+// Words for tokens 4 * group ... 4 * group + 3: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) of counter (group, position,
+// 0, 0), with the seed as key.
 __device__ __forceinline__ uint4 random_words(uint32_t group, uint32_t position, uint2 seed) {
   uint4 c = {group, position, 0, 0};
 #pragma unroll

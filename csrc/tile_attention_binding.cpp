@@ -6,7 +6,7 @@ namespace {
 
 void require_index(const Tensor& tensor, int64_t dim, const char* name) {
   require_dtype(tensor, ScalarType::Int, name);
-  require(tensor.dim() == dim && tensor.is_contiguous(), std::string(name) + " has another shape than expected, or is not contiguous");
+  require(tensor.dim() == dim && tensor.is_contiguous(), std::string(name) + " must be contiguous and have the expected shape");
 }
 
 void require_cache(const Tensor& cache, const Tensor& q, const char* name) {

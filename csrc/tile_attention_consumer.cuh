@@ -5,14 +5,6 @@
 
 namespace batchinfer {
 
-#ifndef TURNS
-#define TURNS 1
-#endif
-#ifndef LAZY
-#define LAZY 0
-#endif
-constexpr bool kTurns = TURNS, kLazyFade = LAZY;
-
 enum Meeting { kTurn = 1, kWithin = 3, kBoth = 5 };  // hardware barriers; the first two one per warpgroup
 
 // Value j of lane i of a quad becomes value i of lane j.
@@ -28,7 +20,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&values)[4], uint32_t l
     }
 }
 
-// What a thread of a multiplying warpgroup holds: two rows of the tile, 8 apart, and of each the columns 8 j + 2 (lane % 4) + {0, 1}.
+// What a thread of a multiplying warpgroup holds: two rows of the tile, 8 apart, and of each the columns 8 j + 2 (lane % 4) and
+// the one after it.
 template <typename T, int kHeadDim>
 struct Consumer {
   static constexpr int kScores = kKeys / 2, kOuts = kHeadDim / 2, kRowStep = Shared<kHeadDim>::kRowStep;
@@ -120,8 +113,9 @@ struct Consumer {
     const int shift = call.boxes.box_shift, from = kv_end - begin, to = min(kKeys, ((from - 1 >> shift) + 1) << shift);
     if (from >= to || from < 0) return;
     constexpr int kPieces = kHeadDim / 8;
+    char* tile = shared.v[v_ring.place];
     for (int i = from * kPieces + thread; i < to * kPieces; i += kWarpgroup)
-      *reinterpret_cast<int4*>(shared.v[v_ring.place] + Shared<kHeadDim>::place(i / kPieces, i % kPieces)) = make_int4(0, 0, 0, 0);
+      *reinterpret_cast<int4*>(tile + Shared<kHeadDim>::place(i / kPieces, i % kPieces)) = make_int4(0, 0, 0, 0);
     publish_shared();
     meet(kWithin + group, kWarpgroup);
   }
@@ -155,7 +149,7 @@ struct Consumer {
           leave_step();
         }
         k_ring.wait_full(shared.keys);
-        if (kTurns && !split) meet(kTurn + group, kConsumers);
+        if (!split) meet(kTurn + group, kConsumers);
         settle(o);
         settle(p);
         products_begin();
@@ -163,7 +157,7 @@ struct Consumer {
         const auto v_next = v_ring;
         v_ring = v_now;
         multiply_values();
-        if (kTurns && !split) pass(kTurn + 1 - group, kConsumers);
+        if (!split) pass(kTurn + 1 - group, kConsumers);
         products_wait<1>();
         settle(s);
         release(shared.keys, k_ring);
@@ -174,10 +168,8 @@ struct Consumer {
         settle(o);
         release(shared.values, v_ring);
         if (split) v_ring = v_next;
-        if (!kLazyFade || __any_sync(kAllLanes, fade[0] < 1.0f || fade[1] < 1.0f)) {
 #pragma unroll
-          for (int i = 0; i < kOuts; ++i) o[i] *= fade[i / 2 % 2];
-        }
+        for (int i = 0; i < kOuts; ++i) o[i] *= fade[i / 2 % 2];
         pack_powers();
         step = next;
       }
@@ -230,7 +222,8 @@ struct Consumer {
     const float inverse = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
     float* to = call.partial_out + int64_t(place) * kHeadDim + lane % 4 * 2;
 #pragma unroll
-    for (int i = half * 2; i < kOuts; i += 4) *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(o[i] * inverse, o[i + 1] * inverse);
+    for (int i = half * 2; i < kOuts; i += 4)
+      *reinterpret_cast<float2*>(to + i / 4 * 8) = make_float2(o[i] * inverse, o[i + 1] * inverse);
     if (lane % 4 == 0)
       call.partial_lse[place] = sum[half] == 0.0f ? -INFINITY : top[half] * call.scale_log2 + log2f(sum[half]);
   }
@@ -248,7 +241,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (kTurns && group == 1) pass(kTurn, kConsumers);
+    if (group == 1) pass(kTurn, kConsumers);
     while (true) {
       q_ring.wait_full(shared.queries);
       const Work& work = shared.work[q_ring.place];

@@ -32,8 +32,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // Hardware barriers: `threads` of the block meet, those that `pass` do not wait.
-__device__ __forceinline__ void meet(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
-__device__ __forceinline__ void pass(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+__device__ __forceinline__ void meet(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
 
 // Makes this thread's ordinary writes to shared memory visible to matrix products and bulk copies.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -50,16 +54,16 @@ __device__ __forceinline__ void give_registers() {
 // Copies the box at (0, 0, 0, x, y) of the tensor; `barrier` counts its bytes. What lies outside becomes 0.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3, %3, %4, %5}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(0), "r"(x), "r"(y)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3, %3, %4, %5}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(0), "r"(x), "r"(y)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Describes an operand in shared memory: atoms that hold 8 rows of 64 elements. Further rows lie `row_step` bytes apart. Where the
-// rows lie across the summed dimension (values), further columns lie one atom apart.
+// Describes an operand in shared memory: atoms that hold 8 rows of 64 elements. Further rows lie `row_step` bytes apart. Where
+// the rows lie across the summed dimension (values), further columns lie one atom apart.
 __device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t row_step) {
   return uint64_t(address >> 4) | uint64_t(kAtomBytes >> 4) << 16 | uint64_t(row_step >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -76,7 +80,7 @@ __device__ __forceinline__ void settle(float (&values)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
-// Keeps what x needs before a wait that follows: the assembler moves arithmetic behind waits, but not this write to shared memory.
+// Keeps what x needs before a wait that follows: the assembler moves arithmetic behind waits, but not this write.
 __device__ __forceinline__ void finish(float x, uint32_t scratch) {
   asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(scratch), "f"(x) : "memory");
 }

@@ -34,15 +34,17 @@ template <typename T>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ __forceinline__ void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Where 16-byte piece `piece` of row `row` lies in a tile: mixed so that eight rows of a column lie in eight banks.
@@ -54,15 +56,15 @@ __device__ __forceinline__ uint32_t place(uint32_t tile, int row, int piece) {
 // Fetches the keys or values of positions `begin` to begin + kKeys. What lies from kv_end on becomes 0: it is not the sequence's,
 // and masked places are still multiplied with 0, and 0 * NaN is NaN.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void fetch(uint32_t tile, const T* cache, const TileAttention& call, const int* table, int begin,
-                                      int kv_end) {
+__device__ __forceinline__ void fetch(uint32_t tile, const T* cache, const TileAttention& call, const int* table,
+                                      uint32_t inverse, int begin, int kv_end) {
   constexpr int kPieces = kHeadDim / 8, kRows = kThreads / kPieces;
   const int piece = threadIdx.x % kPieces;
 #pragma unroll
   for (int row = threadIdx.x / kPieces; row < kKeys; row += kRows) {
     const int position = begin + row;
     const bool wanted = position < kv_end;
-    const int index = position / call.block_size;
+    const int index = __umulhi(position, inverse);  // position / block_size
     const int64_t block = wanted ? table[index] : 0;
     const T* from = cache + block * call.block_stride + (position - index * call.block_size) * kHeadDim + piece * 8;
     copy_async(place<kHeadDim>(tile, row, piece), wanted ? from : cache, wanted);
@@ -105,6 +107,7 @@ __device__ __forceinline__ void attend(const Tile<T, kHeadDim>& tile) {
   const int first_row = kSplitKeys ? 0 : warp * kStrips * 16;
   const int first_key = kSplitKeys ? warp * (kKeys / kWarps) : 0;
   const int* table = call.block_tables + int64_t(item.sequence) * call.table_stride;
+  const uint32_t inverse = 0xffffffffu / call.block_size + 1;  // exact while positions times block_size stay below 2^32
   const int64_t head_offset = tile.shape.kv_head * call.head_stride;
   const T* keys = static_cast<const T*>(call.k_cache) + head_offset;
   const T* values = static_cast<const T*>(call.v_cache) + head_offset;
@@ -125,10 +128,10 @@ __device__ __forceinline__ void attend(const Tile<T, kHeadDim>& tile) {
   const int clear_low = call.window > 0 ? last_row - call.window + 1 : item.kv_begin;  // all rows see positions from here ...
   const int clear_high = min(item.kv_end - 1, item.q_position);                        // ... up to here
 
-  fetch<T, kHeadDim>(tile.k, keys, call, table, item.kv_begin, item.kv_end);
+  fetch<T, kHeadDim>(tile.k, keys, call, table, inverse, item.kv_begin, item.kv_end);
   copy_async_commit();
   for (int begin = item.kv_begin; begin < item.kv_end; begin += kKeys) {
-    fetch<T, kHeadDim>(tile.v, values, call, table, begin, item.kv_end);
+    fetch<T, kHeadDim>(tile.v, values, call, table, inverse, begin, item.kv_end);
     copy_async_commit();
     copy_async_wait<1>();
     __syncthreads();
@@ -152,7 +155,7 @@ __device__ __forceinline__ void attend(const Tile<T, kHeadDim>& tile) {
       }
     }
     __syncthreads();
-    if (begin + kKeys < item.kv_end) fetch<T, kHeadDim>(tile.k, keys, call, table, begin + kKeys, item.kv_end);
+    if (begin + kKeys < item.kv_end) fetch<T, kHeadDim>(tile.k, keys, call, table, inverse, begin + kKeys, item.kv_end);
     copy_async_commit();
 
     if (begin < clear_low || begin + kKeys - 1 > clear_high) {
@@ -311,7 +314,8 @@ void tile_attention_mma(const TileAttention& call, cudaStream_t stream) {
     using T = decltype(zero);
     const dim3 grid(static_cast<unsigned>(call.num_tiles) * call.num_heads);
     auto run = [&]<int kHeadDim>() {
-      launch("tile_attention", tile_attention_mma_kernel<T, kHeadDim>, grid, dim3(kThreads), kSharedBytes<kHeadDim>, stream, call);
+      constexpr int kBytes = kSharedBytes<kHeadDim>;
+      launch("tile_attention", tile_attention_mma_kernel<T, kHeadDim>, grid, dim3(kThreads), kBytes, stream, call);
     };
     call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
   });

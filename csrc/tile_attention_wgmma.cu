@@ -1,10 +1,10 @@
 // Tile attention on Hopper's tensor cores: the algorithm of FlashAttention-3 (Shah et al., 2024) over a paged cache.
 //
 // A persistent grid, one block per multiprocessor. Two warps of the first warpgroup have keys and values copied into rings of
-// shared memory, box by box as the block table says; the two beside them gather the queries of the next tile and describe it. Two further
-// warpgroups multiply: 64 rows of a tile each, and each multiplies the scores of the next keys while it takes the powers of
-// these; they take turns at issuing products, so that one multiplies while the other takes powers. Tiles of at most 64 rows: the
-// two share the keys instead, and add up at the end. Keys are visited from the last to the first, so masks come first.
+// shared memory, box by box as the block table says; the two beside them gather the queries of the next tile and describe it.
+// Two further warpgroups multiply: 64 rows of a tile each, and each multiplies the next keys and these values while it takes the
+// powers of scores; they take turns at issuing products, so that one multiplies while the other takes powers. Tiles of at most 64
+// rows: the two share the keys instead, and add up at the end. Keys are visited from the last to the first: masks come first.
 #include <cuda.h>
 
 #include <algorithm>
@@ -20,7 +20,8 @@ constexpr int kThreads = kWarpgroup + kConsumers;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
-    tile_attention_wgmma_kernel(const Call call, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+    tile_attention_wgmma_kernel(const Call call, const __grid_constant__ CUtensorMap k_map,
+                                const __grid_constant__ CUtensorMap v_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw[];
   Shared<kHeadDim>& shared = *reinterpret_cast<Shared<kHeadDim>*>(raw + (-shared_address(raw) & (kAtomBytes - 1)));
@@ -63,9 +64,9 @@ EncodeTiled find_encode_tiled() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result), "tile_attention");
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result), "encoder");
 #else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result), "tile_attention");
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result), "encoder");
 #endif
     if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTiled>(function);
@@ -107,8 +108,9 @@ void tile_attention_wgmma(const TileAttention& call, cudaStream_t stream) {
   dispatch_half(call.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto run = [&]<int kHeadDim>() {
-      launch("tile_attention", tile_attention_wgmma_kernel<T, kHeadDim>, grid, dim3(kThreads), sizeof(Shared<kHeadDim>) + kAtomBytes,
-             stream, Call{call, boxes}, k_map, v_map);
+      constexpr int kBytes = sizeof(Shared<kHeadDim>) + kAtomBytes;  // so that it can begin on an atom
+      launch("tile_attention", tile_attention_wgmma_kernel<T, kHeadDim>, grid, dim3(kThreads), kBytes, stream, Call{call, boxes},
+             k_map, v_map);
     };
     call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
   });

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from batchinfer.ops.library import load_kernels
 
 TILE_ROWS, BLOCK, SEES_ALL = 128, 16, 2**30
 SETS, REPLAYS = 4, 12
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def items_of(case: Case) -> tuple[Tensor, Tensor, int]:
     return tiles, torch.arange(start, dtype=torch.int32, device="cuda"), slots
 
 
-def ours(case: Case) -> list[Callable[[], object]]:
+def ours(case: Case) -> list[Call]:
     tiles, rows, slots = items_of(case)
     blocks_each = [-(-context // BLOCK) for _, context in case.chunks]
     shape = (sum(blocks_each), case.kv_heads, BLOCK, case.head_dim)
-    calls = []
+    calls: list[Call] = []
     for _ in range(SETS):
         order = torch.randperm(shape[0], dtype=torch.int32, device="cuda").split(blocks_each)
         tables = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).contiguous()
@@ -93,32 +96,31 @@ def ours(case: Case) -> list[Callable[[], object]]:
         out, part = torch.empty_like(q), torch.empty(slots, case.heads, case.head_dim, device="cuda")
         lse = torch.empty(slots, case.heads, device="cuda")
         arguments = (q, k, v, tables, tiles, rows, out, part, lse, case.head_dim**-0.5, 0)
-        calls.append(lambda arguments=arguments: torch.ops.batchinfer.tile_attention(*arguments))
+        calls.append(partial(torch.ops.batchinfer.tile_attention, *arguments))
     return calls
 
 
-def theirs(case: Case, backend: SDPBackend) -> list[Callable[[], object]] | None:
+def theirs(case: Case, backend: SDPBackend) -> list[Call] | None:
     """PyTorch's attention over dense keys, where it can: sequences of one length, causal from their beginning or shared."""
     rows, context = case.chunks[0]
     if case.split or len(set(case.chunks)) > 1 or (rows != context and not case.shared):
         return None
-    calls = []
+    calls: list[Call] = []
     for _ in range(SETS):
         shapes = [
             (len(case.chunks), heads, n, case.head_dim) for heads, n in ((case.heads, rows), *[(case.kv_heads, context)] * 2)
         ]
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-
-        def call(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> object:
-            with sdpa_kernel(backend):
-                grouped = case.heads != case.kv_heads
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not case.shared, enable_gqa=grouped)
-
-        calls.append(call)
+        calls.append(partial(dense_attention, backend, not case.shared, q, k, v))
     return calls
 
 
-def time_us(calls: list[Callable[[], object]]) -> float:
+def dense_attention(backend: SDPBackend, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def time_us(calls: list[Call]) -> float:
     """Of one call."""
     for call in calls:
         call()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchinfer.ops import reference_logprobs
 from batchinfer.ops.logprobs import log_probabilities
-from tests.gpu.test_sampling import DTYPES, INF, NAN, SPLITS, logits_of
+from tests.gpu.test_sampling import INF, NAN, PAIRS, SPLITS, logits_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -24,8 +24,7 @@ def assert_told(logits: Tensor, k: int, splits: int = 0) -> None:
         torch.testing.assert_close(mine.double(), wanted, rtol=1e-6, atol=4e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 @pytest.mark.parametrize("k", [0, 1, 5, 20, 1024])
 def test_told_as_by_the_reference(k: int, dtype: torch.dtype, splits: int) -> None:
     for vocab_size, rows, pad in ((1, 3, 0), (17, 9, 0), (1000, 33, 3), (32000, 40, 8), (128256, 3, 0)):

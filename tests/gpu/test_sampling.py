@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 VOCABULARIES = [1, 17, 257, 1000, 32000, 128256]
 SPLITS = [0, 1, 8]
+PAIRS = list(zip(DTYPES, SPLITS, strict=True))
 P_MIN = 1e-4  # a right sampler fails for one in 10,000 choices of seeds; the seeds here are fixed
 NAN, INF = float("nan"), float("inf")
 
@@ -40,7 +41,7 @@ class Rows:
         values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
 
         def tensor(name: str, value: object) -> Tensor:
-            made = value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=torch.float64)  # type: ignore[call-overload]
+            made = value if isinstance(value, Tensor) else torch.tensor([value] * rows, dtype=torch.float64)
             return made.to("cuda", torch.int32 if name == "top_k" else torch.float64)
 
         made = {name: tensor(name, value) for name, value in values.items()}
@@ -95,16 +96,14 @@ def assert_drawn(logits: Tensor, asked: Rows, splits: int = 0, likeness: float =
         assert (sums.gather(1, ours).squeeze(1) >= best - 1e-5).all(), "a token that another one beats"
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_greedy_is_argmax(vocab_size: int, dtype: torch.dtype, splits: int) -> None:
     for rows, pad in ((1, 0), (3, 8), (37, 3)):
         assert_greedy(logits_of(rows, vocab_size, dtype, rows, pad), splits)
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 def test_of_equals_the_lowest_id_is_taken(dtype: torch.dtype, splits: int) -> None:
     random = torch.Generator("cuda").manual_seed(0)
     for vocab_size in (17, 1000, 40000):
@@ -129,8 +128,7 @@ def broken_rows(vocab_size: int, dtype: torch.dtype) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 @pytest.mark.parametrize("vocab_size", [17, 1000, 40000])
 def test_rows_that_are_no_numbers(vocab_size: int, dtype: torch.dtype, splits: int) -> None:
     logits = broken_rows(vocab_size, dtype)
@@ -142,8 +140,7 @@ def test_rows_that_are_no_numbers(vocab_size: int, dtype: torch.dtype, splits: i
         assert torch.equal(ours, reference_sampling.sample(logits, *asked.arguments()))
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_draws_are_those_of_the_reference(vocab_size: int, dtype: torch.dtype, splits: int) -> None:
     random = torch.Generator().manual_seed(vocab_size)
@@ -177,8 +174,7 @@ FILTERS: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), PAIRS, ids=str)
 @pytest.mark.parametrize("asked", FILTERS, ids=str)
 def test_filters_leave_what_the_reference_leaves(asked: dict[str, object], dtype: torch.dtype, splits: int) -> None:
     for vocab_size, rows in ((17, 200), (1000, 200), (32000, 40), (128256, 10)):

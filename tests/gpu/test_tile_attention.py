@@ -48,9 +48,9 @@ class Batch:
         return self.q.shape[2] ** -0.5
 
     def reference(self, window: int | None = None) -> Tensor:
-        wide = [tensor.double() for tensor in (self.q, self.k_cache, self.v_cache)]
+        q, k_cache, v_cache = (tensor.double() for tensor in (self.q, self.k_cache, self.v_cache))
         starts, contexts = (torch.tensor(x, device="cuda", dtype=torch.int32) for x in (self.starts, self.contexts))
-        return paged_attention(*wide, self.tables, starts, contexts, self.scale, window)
+        return paged_attention(q, k_cache, v_cache, self.tables, starts, contexts, self.scale, window)
 
 
 def make_batch(form: tuple[int, int, int, int, torch.dtype], lengths: list[tuple[int, int]], seed: int = 0) -> Batch:
@@ -147,7 +147,7 @@ LENGTHS = [(1, 1), (17, 17), (130, 130), (5, 300), (128, 128), (300, 811), (64, 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("window", [None, 1, 40, 128, 500])
+@pytest.mark.parametrize("window", [None, 40, 500])
 def test_chunks_are_those_of_the_reference(form: tuple[int, int, int, int, torch.dtype], window: int | None) -> None:
     batch = make_batch(form, LENGTHS, seed=window or 0)
     items, _ = chunk_items(batch, window)
@@ -156,7 +156,7 @@ def test_chunks_are_those_of_the_reference(form: tuple[int, int, int, int, torch
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("tile", [7, 16, 50, 64, 100])
+@pytest.mark.parametrize("tile", [7, 64, 100])
 def test_items_of_any_number_of_rows(form: tuple[int, int, int, int, torch.dtype], tile: int) -> None:
     batch = make_batch(form, LENGTHS, seed=tile)
     items, _ = chunk_items(batch, tile=tile)
@@ -165,7 +165,7 @@ def test_items_of_any_number_of_rows(form: tuple[int, int, int, int, torch.dtype
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize(("split", "window"), [(64, None), (100, None), (333, 200), (128, 40)])
+@pytest.mark.parametrize(("split", "window"), [(100, None), (333, 200)])
 def test_parts_of_the_keys_add_up(form: tuple[int, int, int, int, torch.dtype], split: int, window: int | None) -> None:
     batch = make_batch(form, LENGTHS, seed=split)
     items, slots = chunk_items(batch, window, split)
@@ -178,7 +178,7 @@ def test_parts_of_the_keys_add_up(form: tuple[int, int, int, int, torch.dtype], 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 70, 300])
+@pytest.mark.parametrize("count", [1, 4, 17, 300])
 def test_rows_share_a_prefix(form: tuple[int, int, int, int, torch.dtype], count: int) -> None:
     """Scattered rows over one prefix: every other row of the batch, in falling order, behind each other in the items."""
     prefix = form[3] * 7
