@@ -24,7 +24,7 @@ def shape_of(case: AttentionCase, multiprocessors: int = 4, **tuning: int) -> At
 def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int) -> torch.Tensor:
     host = plan_attention(case.cu_seqlens_q, case.context_lens, case.block_tables, shape_of(case, **tuning), capacity)
     q, k, v, *indices = case.tensors("cuda")
-    assert kernels_take(q, k, v)
+    assert kernels_take(k, q.shape[1] // k.shape[2]) and kernels_take(v, 1)
     plan = DevicePlan.of(host, q.shape[1], q.shape[2], "cuda")
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
