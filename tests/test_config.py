@@ -127,8 +127,8 @@ def test_values_are_copied() -> None:
         ({"sampling__json_schema": ["a"]}, "sampling.json_schema=[a]: must be text, a group of names and values or null"),
         ({"sampling__json_schema": {1: 2}}, "sampling.json_schema={1: 2}: the name 1 must be text"),
         (
-            {"engine__cuda_graphs": True},
-            "engine.cuda_graphs=true: not supported yet by this version; the valid value is false",
+            {"engine__attention_backend": "flash"},
+            "engine.attention_backend=flash: must be one of auto, reference, fused_softmax",
         ),
         ({"hw__nodes_per_replica": 2}, "hw.nodes_per_replica=2: not supported yet by this version; the valid value is 1"),
         ({"output__keep_columns": "some"}, "output.keep_columns=some: must be all, none or a list of columns"),

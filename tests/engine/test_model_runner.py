@@ -33,7 +33,7 @@ def test_a_small_model_gets_what_its_limits_can_use(checkpoint: Path, caplog: py
         engine = build_engine(config, load_shape(config.model), TensorParallel(), CPU)
     assert engine.scheduler.blocks.num_blocks == 5 * MAX_MODEL_LEN // 4
     assert engine.max_model_len == MAX_MODEL_LEN
-    assert set(engine.runner.phases) == {"load", "kv"}  # type: ignore[attr-defined]
+    assert set(engine.runner.phases) == {"load", "kv", "graphs"}  # type: ignore[attr-defined]
     assert [record.message.split()[0] for record in caplog.records if record.name == model_runner.__name__] == ["loaded", "KV"]
 
 
