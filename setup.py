@@ -2,7 +2,7 @@
 
 One plain shared library: no Python.h, so one file serves every Python, and only PyTorch's stable ABI, so one file serves every
 PyTorch from 2.11 on. Needs `nvcc` (12 or later) and PyTorch's headers (of any build, CPU ones too), hence
-`pip install --no-build-isolation`; no GPU. Without them the package is built without kernels, and says so: it then computes on CPUs.
+`pip install --no-build-isolation`; no GPU. Without them the package is built without kernels, and says so: it then runs on CPUs.
 
     python setup.py build_ext --inplace        BATCHINFER_CUDA_ARCHS="90a" chooses what to build for (default: all)
 

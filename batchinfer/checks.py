@@ -108,12 +108,16 @@ def valid_range(checks: Mapping[str, Any]) -> str:
     """What the checks of a key allow, in words; empty when its type says all."""
     if "choices" in checks:
         return f"one of {', '.join(map(_text, checks['choices']))}"
+    if "each" in checks:
+        return f"a list of {', '.join(checks['each'])}"
     return " and ".join(f"{word} {checks[key]}" for key, word, _ in _BOUNDS if key in checks)
 
 
 def check_range(checks: Mapping[str, Any], value: Any, name: str) -> None:
     """Raises ConfigError for a value of the right type that the checks of its key do not allow. Null passes bounds."""
     if "choices" in checks and value not in checks["choices"]:
+        raise ConfigError(f"{show(name, value)}: must be {valid_range(checks)}")
+    if "each" in checks and any(item not in checks["each"] for item in value or ()):
         raise ConfigError(f"{show(name, value)}: must be {valid_range(checks)}")
     if value is not None and not all(holds(value, checks[key]) for key, _, holds in _BOUNDS if key in checks):
         raise ConfigError(f"{show(name, value)}: must be {valid_range(checks)}")

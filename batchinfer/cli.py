@@ -29,7 +29,7 @@ HYDRA_CHOICES = {
     ("--info", "-i"): ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 INTERRUPTED = 130
-LATER = ("retry", "export", "bench", "profile")
+LATER = ("retry", "export")
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,24 @@ def _cancel(arguments: list[str]) -> int:
     return 0
 
 
+def _profile(arguments: list[str]) -> int:
+    from batchinfer.compose import compose
+
+    _, overrides = _split(arguments, ())
+    config = compose(overrides)
+    from batchinfer.profiling import profile
+
+    return profile(config, overrides)
+
+
+def _bench(arguments: list[str]) -> int:
+    _, overrides = _split(arguments, ())
+    from batchinfer.bench.command import bench
+    from batchinfer.compose import compose
+
+    return bench(compose(overrides), overrides)
+
+
 VERBS = {
     "run": Verb(
         _run,
@@ -174,6 +192,10 @@ VERBS = {
     "report": Verb(_report, "report RUN_DIR", "summary.json and a table"),
     "verify": Verb(_verify, "verify RUN_DIR", "check that every input row came out exactly once, unchanged"),
     "cancel": Verb(_cancel, "cancel RUN_DIR", "stop every job of a run"),
+    "profile": Verb(_profile, "profile [overrides]", "where the time of a step goes: a trace and a table"),
+    "bench": Verb(
+        _bench, "bench [overrides]", "time the engine on defined work, beside the hardware's limit, HF transformers and vLLM"
+    ),
 }
 
 
@@ -231,7 +253,7 @@ def _check_flag(arguments: list[str], flags: tuple[str, ...], valid: tuple[str, 
 
 def _help(verb: str) -> int:
     """The verb's line; for verbs that take overrides also the groups, from Hydra, and every key."""
-    if verb not in ("run", "resume", "plan"):
+    if verb not in ("run", "resume", "plan", "bench", "profile"):
         print(f"usage: python -m batchinfer {VERBS[verb].usage}\n{VERBS[verb].help}")
         return 0
     from batchinfer.compose import show_with_hydra

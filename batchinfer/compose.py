@@ -49,7 +49,8 @@ def compose(overrides: Sequence[str], planning: bool = False) -> Config:
     config = _read_schema(from_dict(raw, planning))
     name = config.run_name or f"{choices['model']}-{_digest(config)}"
     output = replace(config.output, dir=config.output.dir or f"outputs/{name}")
-    return _locate(replace(config, run_name=name, output=output))
+    profile = replace(config.profile, dir=config.profile.dir or f"outputs/profile-{choices['model']}")
+    return _locate(replace(config, run_name=name, output=output, profile=profile))
 
 
 def overlay(config: Config, overrides: Sequence[str], may_change: Sequence[str]) -> Config:

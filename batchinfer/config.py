@@ -10,6 +10,7 @@ content lies; the content itself is fingerprinted, so a run survives a move.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -26,7 +27,8 @@ RESULT, SCHEMA, THROUGHPUT = "result", "schema", "throughput"
 
 
 def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
-    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works).
+    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works),
+    each=(...) (what the items of a list may be).
 
     as_json=True: a mapping is kept as JSON text, because the order of its names matters and must survive in the fingerprint.
     """
@@ -135,13 +137,18 @@ class EngineConfig:
     """How the engine uses its GPU. None of it changes a completion beyond rounding."""
 
     block_size: int = _key(16, THROUGHPUT, "tokens in a block of the KV cache", minimum=1)
-    max_num_seqs: int = _key(256, THROUGHPUT, "sequences running at once", minimum=1)
+    max_num_seqs: int = _key(512, THROUGHPUT, "sequences running at once", minimum=1)
     max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
     prefix_caching: bool = _key(True, THROUGHPUT, "share the KV of equal prompt beginnings")
-    cuda_graphs: bool = _key(False, THROUGHPUT, "replay captured decode steps", only=False)
+    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured steps of few tokens (on a GPU, where its kernels attend)")
     overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
-    attention_backend: str = _key("reference", THROUGHPUT, "which attention; reference: plain torch", choices=("reference",))
+    attention_backend: str = _key(
+        "auto",
+        THROUGHPUT,
+        "auto: kernels on a GPU; reference: plain torch for everything; fused_softmax: scores in memory and one kernel over them",
+        choices=("auto", "reference", "fused_softmax"),
+    )
     stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
 
 
@@ -181,6 +188,51 @@ class OutputConfig:
     compression: str = _key("zstd", THROUGHPUT, "Parquet compression", choices=("zstd", "snappy", "gzip", "lz4", "none"))
 
 
+BENCH_WORKLOADS = ("custom", "mixed", "shared", "long_out", "single")
+BENCH_PEERS = ("hf", "vllm")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `bench` measures. Runs do not look at it."""
+
+    workload: list[str] = _key(["custom"], THROUGHPUT, "what to run: one or a list", each=BENCH_WORKLOADS)
+    num_requests: int = _key(64, THROUGHPUT, "custom: how many requests", minimum=1)
+    input_len: int | list[int] = _key([32, 128], THROUGHPUT, "custom: tokens of a prompt: a number, or [lowest, highest]")
+    output_len: int | list[int] = _key([16, 64], THROUGHPUT, "custom: tokens to generate: a number, or [lowest, highest]")
+    shared_prefix_len: int = _key(0, THROUGHPUT, "custom: tokens that all prompts begin with, before their own", minimum=0)
+    requests: str | None = _key(None, THROUGHPUT, "Parquet of requests in place of bench.workload: token_ids, max_tokens")
+    repeat: int = _key(1, THROUGHPUT, "timed repetitions, of which the median counts", minimum=1)
+    warmup: int = _key(16, THROUGHPUT, "requests of each workload that run before it, untimed", minimum=0)
+    peers: list[str] | None = _key(None, THROUGHPUT, "run beside it; default: those that are installed", each=BENCH_PEERS)
+    peer_s: float = _key(60.0, THROUGHPUT, "seconds after which hf is stopped in a workload, and the rest extrapolated", above=0)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What `profile` runs and leaves behind. No run depends on it."""
+
+    dir: str | None = _key(None, THROUGHPUT, "folder for the trace; default: outputs/profile-<model>")
+    workload: str = _key(
+        "mixed",
+        THROUGHPUT,
+        "steady state to look at: rows that end while others begin (mixed), that only decode, or only prefill",
+        choices=("mixed", "decode", "prefill"),
+    )
+    num_seqs: int | None = _key(None, THROUGHPUT, "sequences at once; default: engine.max_num_seqs", minimum=1)
+    prompt_tokens: int | None = _key(
+        None, THROUGHPUT, "mean length of a prompt, drawn evenly from 1/8 to 15/8 of it; default: 544 if they fit", minimum=8
+    )
+    output_tokens: int | None = _key(
+        None, THROUGHPUT, "mean length of a completion, drawn likewise; default: 288 if they fit", minimum=8
+    )
+    shared_prefix_len: int = _key(0, THROUGHPUT, "tokens that all prompts begin with, before their own", minimum=0)
+    warmup_steps: int = _key(10, THROUGHPUT, "steps before, when every sequence is running", minimum=1)
+    steps: int = _key(20, THROUGHPUT, "steps in the trace", minimum=1)
+    nsys: bool = _key(False, THROUGHPUT, "record with Nsight Systems instead of torch.profiler")
+    memory_snapshot: bool = _key(False, THROUGHPUT, "also leave every allocation of GPU memory, for pytorch.org/memory_viz")
+
+
 @dataclass(frozen=True)
 class Config:
     """One request, complete and checked. Built by `from_dict`, frozen into the manifest by `to_dict`."""
@@ -199,6 +251,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested as the YAML is: `from_dict(config.to_dict()) == config`."""
@@ -244,8 +298,13 @@ def build_group(cls: type, raw: Any, prefix: str) -> Any:
     for key in raw:
         if key not in names:
             raise unknown_key(f"{prefix}{key}", prefix, names)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{f.name: _value(f, hints[f.name], raw[f.name], prefix + f.name) for f in fields(cls) if f.name in raw})
+
+
+@functools.cache  # rows with sampling of their own ask again and again
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _value(f: dataclasses.Field[Any], hint: Any, raw: Any, name: str) -> Any:
@@ -269,6 +328,7 @@ def check_together(config: Config, planning: bool = False) -> None:
     _check_hw(config.hw)
     _check_input(config.input)
     check_sampling(config.sampling)
+    _check_bench(config.bench)
     if isinstance(config.output.keep_columns, str) and config.output.keep_columns not in ("all", "none"):
         raise ConfigError(f"{show('output.keep_columns', config.output.keep_columns)}: must be all, none or a list of columns")
 
@@ -333,3 +393,13 @@ def _check_input(source: InputConfig) -> None:
             f"{show('input.system_prompt', source.system_prompt)}: must go with input.messages_column or "
             "input.apply_chat_template=true"
         )
+
+
+def _check_bench(bench: BenchConfig) -> None:
+    if not bench.workload:
+        raise ConfigError(f"bench.workload=[]: must name at least one of {', '.join(BENCH_WORKLOADS)}")
+    for name in ("input_len", "output_len"):
+        value = getattr(bench, name)
+        low, *rest = [value] if isinstance(value, int) else value or [0]
+        if low < 1 or len(rest) > 1 or (rest and rest[0] < low):
+            raise ConfigError(f"{show(f'bench.{name}', value)}: must be a number of at least 1, or [lowest, highest]")

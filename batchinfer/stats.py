@@ -57,11 +57,10 @@ STEP_SCHEMA = pa.schema(
 )
 
 
-def percentile(values: Sequence[float], q: float) -> float | None:
-    """The q-quantile (0 to 1) with linear interpolation; None of nothing."""
-    if not values:
+def percentile(ordered: Sequence[float], q: float) -> float | None:
+    """The q-quantile (0 to 1) of sorted values with linear interpolation; None of nothing."""
+    if not ordered:
         return None
-    ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low, high = math.floor(position), math.ceil(position)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
@@ -176,8 +175,8 @@ def _merge(replica: str, group: Sequence[StepStats], gpu: GpuSample) -> dict[str
 
 
 def _latencies(group: Sequence[StepStats]) -> dict[str, float | None]:
-    ttft = list(chain.from_iterable(stats.ttft_s for stats in group))
-    inter_token = list(chain.from_iterable(stats.inter_token_s for stats in group))
+    ttft = sorted(chain.from_iterable(stats.ttft_s for stats in group))
+    inter_token = sorted(chain.from_iterable(stats.inter_token_s for stats in group))
     both = {"ttft": ttft, "inter_token": inter_token}
     return {f"{what}_{name}_s": percentile(values, q) for what, values in both.items() for name, q in QUANTILES.items()}
 

@@ -18,17 +18,19 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display",
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
+    "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
-    "engine.model_runner model.decoder model.loader",
+    "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
-    "data.tokenizer_files data.tokenizer data.chat data.prompts ops ops.library ops.elementwise "
-    "ops.fused_softmax_attention",
+    "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.library ops.elementwise "
+    "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
+    "ops.logprobs ops.skinny",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
-    "facts": "checks hardware data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
-    "ops.reference_sampling ops.reference_logprobs",
+    "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
+    "ops.reference_sampling ops.reference_logprobs ops.reference_linear",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
 }
@@ -42,10 +44,18 @@ CONTROL_PLANE = (
     "checks",
     "config",
     "hardware",
+    "timeline",
     "memory",
     "stats",
     "report",
     "display",
+    "bench.command",
+    "bench.task",
+    "bench.results",
+    "bench.table",
+    "bench.conditions",
+    "bench.workloads",
+    "bench.floor",
     "publish",
     "job",
     "data.schema",
@@ -55,7 +65,7 @@ CONTROL_PLANE = (
     "model.rope_config",
     "model.fields",
 )
-DATA_PLANE = ("worker", "engine", "model", "ops")
+DATA_PLANE = ("worker", "engine", "model", "ops", "bench.ours", "bench.hf", "bench.vllm", "bench.ceilings")
 WITHOUT_TORCH = (
     *CONTROL_PLANE,
     "engine.scheduler",

@@ -40,7 +40,7 @@ def row_sampling(base: SamplingConfig, override: object) -> SamplingConfig:
     if is_struct and "json_schema" in given:
         given["json_schema"] = _without_nulls(given["json_schema"])
     replaced = dict.fromkeys(GRAMMARS) if not given.keys().isdisjoint(GRAMMARS) else {}
-    sampling = _checked(vars(base) | replaced | given)
+    sampling = _checked(base, replaced | given)
     _require_columns(base, sampling)
     return sampling
 
@@ -57,9 +57,10 @@ def _whole(key: str, value: object) -> object:
     return int(value) if key in _INTEGERS and isinstance(value, float) and value.is_integer() else value
 
 
-def _checked(values: dict[str, Any]) -> SamplingConfig:
+def _checked(base: SamplingConfig, changed: dict[str, Any]) -> SamplingConfig:
     try:
-        sampling: SamplingConfig = build_group(SamplingConfig, values, "sampling.")
+        new: SamplingConfig = build_group(SamplingConfig, changed, "sampling.")
+        sampling = dataclasses.replace(base, **{name: getattr(new, name) for name in changed})
         check_sampling(sampling)
     except (ConfigError, OverflowError) as error:  # JSON integers have no limit, floats have
         raise BadSampling(str(error)) from error

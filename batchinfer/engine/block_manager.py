@@ -103,6 +103,16 @@ class BlockManager:
             self.block_keys[block] = key
             seq.num_cached_blocks += 1
 
+    def unregister(self, seq: Sequence, num_tokens: int) -> None:
+        """Take back `register` for all but the first `num_tokens` tokens of `seq`: their step was never launched.
+
+        Sequences that found these blocks meanwhile must have freed them.
+        """
+        kept = num_tokens // self.block_size
+        for block in seq.block_table[kept : seq.num_cached_blocks]:
+            self._forget(block)
+        seq.num_cached_blocks = min(kept, seq.num_cached_blocks)
+
     def free(self, seq: Sequence) -> None:
         """Drop every reference of `seq`, from its last block to its first."""
         for block in reversed(seq.block_table):

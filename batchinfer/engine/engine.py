@@ -10,6 +10,7 @@ requests and answers are token ids.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,6 +39,8 @@ from batchinfer.engine.sequence import (
 from batchinfer.model.config import ModelShape
 from batchinfer.model.parallel import TensorParallel
 
+logger = logging.getLogger(__name__)
+
 
 class Drawn(Protocol):
     """Tokens that are being drawn."""
@@ -48,6 +51,8 @@ class Drawn(Protocol):
 
 class Runner(Protocol):
     """What the engine needs of the model: `ModelRunner`, or a stand-in for tests."""
+
+    can_retry: bool  # whether a `forward` that ran out of memory may be followed by another one
 
     def share(self, batch: Batch) -> None:
         """Give the other ranks the batch that this one is about to compute."""
@@ -127,7 +132,9 @@ class Engine:
         step = self.in_flight or self._draw(self._launch())
         assert step is not None and step.drawn is not None, "step() without work"
         following = self._launch() if self.overlap else None
-        outputs = self._collect(step, step.drawn.result())
+        result = step.drawn.result()
+        step.stats.graph = result.graph
+        outputs = self._collect(step, result)
         self.in_flight = self._draw(following)
         step.stats.duration_s = time.monotonic() - begin
         if not self.has_work():
@@ -140,19 +147,44 @@ class Engine:
 
     def _launch(self) -> Step | None:
         """Schedule a step and launch its forward pass. None: whatever runs only waits for tokens that are being drawn."""
+        while (scheduled := self._schedule()).sequences:
+            batch = self.builder.build(scheduled)
+            self.runner.share(batch)
+            try:
+                forward = self.runner.forward(batch)
+            except torch.OutOfMemoryError:
+                self._shrink(scheduled)
+                continue
+            step = Step(batch, forward, self._describe(scheduled))
+            for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
+                self._advance(seq, count, step)
+            return step
+        return None
+
+    def _schedule(self) -> ScheduledBatch:
         scheduled = self.scheduler.schedule()
-        self.num_preempted += len(scheduled.preempted)
-        for seq in scheduled.preempted:
+        self._release(scheduled.preempted)
+        return scheduled
+
+    def _release(self, preempted: list[Sequence]) -> None:
+        self.num_preempted += len(preempted)
+        for seq in preempted:
             self.builder.release(seq)
-        if not scheduled.sequences:
-            return None
-        batch = self.builder.build(scheduled)
-        self.runner.share(batch)
-        stats = self._describe(scheduled)
-        step = Step(batch, self.runner.forward(batch), stats)
-        for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
-            self._advance(seq, count, step)
-        return step
+
+    def _shrink(self, scheduled: ScheduledBatch) -> None:
+        """Go on with smaller steps after one that was out of memory. Raises it again where that cannot help.
+
+        Nothing of the step has happened as far as anybody knows: what it stored in the cache is stored again.
+        """
+        if scheduled.num_tokens == 1 or not self.runner.can_retry:
+            raise
+        self._release(self.scheduler.shrink(scheduled))
+        torch.cuda.empty_cache()
+        logger.warning(
+            "a step of %s tokens was out of memory: from here on a step has at most %s",
+            f"{scheduled.num_tokens:,}",
+            f"{self.scheduler.max_num_batched_tokens:,}",
+        )
 
     def _advance(self, seq: Sequence, count: int, step: Step) -> None:
         """Count what is launched as computed, and hold the places of what will come out."""

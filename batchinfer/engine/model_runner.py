@@ -7,6 +7,7 @@ device; what was drawn is waited for in `Drawn.result`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -14,17 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from batchinfer import ops
-from batchinfer.config import Config, ConfigError, EngineConfig
-from batchinfer.engine.batch import Batch, BatchArrays
+from batchinfer.config import Config, EngineConfig
+from batchinfer.engine.batch import Batch, BatchArrays, to_device
 from batchinfer.engine.channel import BatchChannel, open_channel
+from batchinfer.engine.cuda_graphs import CudaGraphs, graph_sizes
+from batchinfer.engine.inputs import InputPacker, ModelInputs, PackedInputs
+from batchinfer.engine.kv_memory import measure_kv_blocks, memory_in_words, require_fit
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
 from batchinfer.engine.sampler import TokenMask, sample_tokens
 from batchinfer.engine.sequence import NO_TOKEN, StepResult, TokenLogprobs
-from batchinfer.hardware import GIB, available_memory
-from batchinfer.memory import gib, kv_blocks
+from batchinfer.memory import gib
 from batchinfer.memory import max_model_len as max_model_len_of
 from batchinfer.model.config import ModelShape, resolve_dtype
 from batchinfer.model.decoder import Decoder
@@ -34,16 +36,13 @@ from batchinfer.model.parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
 
-CPU_CACHE_LIMIT = 4 * GIB  # a CPU is for small models: more cache would only take memory from others
-CPU_CACHE_SHARE = 3  # at most one part in so many of the host's free memory
-PROFILE_CONTEXT = 4096  # attention works in pieces of bounded size, which this many tokens fill
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forward:
     """A batch whose forward pass is launched."""
 
     step: BatchArrays[torch.Tensor]  # the batch on the device
+    graph: bool  # whether it was the replay of a captured one
     logits: torch.Tensor | None  # [N, vocab_size]; None: no sequence draws a token
     prompt_logprobs: ops.LogProbabilities | None  # of the batch's prompt positions; None: nobody asked
 
@@ -57,13 +56,14 @@ class Drawn:
     logprobs: ops.LogProbabilities | None  # of the rows that asked
     prompt_logprobs: ops.LogProbabilities | None
     arrived: torch.cuda.Event | None  # None: it was drawn on the host
+    graph: bool
 
     def result(self) -> StepResult:
         """Waits until the device has drawn the tokens."""
         if self.arrived is not None:
             self.arrived.synchronize()
         logprobs = None if self.logprobs is None else self._logprobs(self.logprobs)
-        return StepResult(self.token_ids.tolist(), logprobs, self._prompt_logprobs())
+        return StepResult(self.token_ids.tolist(), logprobs, self._prompt_logprobs(), self.graph)
 
     def _logprobs(self, told: ops.LogProbabilities) -> list[TokenLogprobs | None]:
         """For each of the N rows."""
@@ -105,14 +105,35 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.device = device
         self.num_blocks = num_blocks
+        self.can_retry = parallel.size == 1  # other ranks would already compute what ran out of memory here
         self.channel = channel  # to the other ranks' hosts; None: there are none, or nothing is shared yet
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
-        self.kv_cache = zeros((2, shape.num_layers, num_blocks, engine.block_size, num_kv_heads, shape.head_dim), dtype, device)
-        keys, values = self.kv_cache
+        self.kv_cache = zeros((2, shape.num_layers, num_blocks, num_kv_heads, engine.block_size, shape.head_dim), dtype, device)
+        keys, values = self.kv_cache.transpose(3, 4)
         self.kv_caches = list(zip(keys, values, strict=True))
         self.token_cache = zeros((num_blocks * engine.block_size + 1,), torch.int32, device)  # the last place is slot -1's
+        self.packer: InputPacker | None = None  # None: attention is not the kernels' (or there is no GPU), and needs no plan
+        self.graphs: CudaGraphs | None = None
+        if ops.attention_takes(self.kv_caches[0][0], shape.num_heads // shape.num_kv_heads):
+            windows = dict.fromkeys(shape.window_of(layer) for layer in range(shape.num_layers))
+            self.packer = InputPacker(windows, self._attention_shape(engine), max_model_len)
         self.last_tokens = torch.zeros(engine.max_num_seqs, dtype=torch.int32, device=device)  # by sample slot
+
+    def _attention_shape(self, engine: EngineConfig) -> ops.AttentionShape:
+        local = self.shape.local_sizes(self.parallel.size)
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return ops.AttentionShape(engine.block_size, local.num_heads, local.num_kv_heads, multiprocessors)
+
+    @torch.inference_mode()
+    def capture_graphs(self, engine: EngineConfig) -> None:
+        """Capture steps of few tokens, where kernels that can be captured compute them."""
+        if not engine.cuda_graphs or self.packer is None:
+            return
+        graphs = CudaGraphs(self._compute_packed, self.packer, self.device)
+        max_blocks = -(-self.max_model_len // engine.block_size)
+        graphs.capture(graph_sizes(engine.max_num_seqs, engine.max_num_batched_tokens), engine.max_num_seqs * max_blocks)
+        self.graphs = graphs
 
     def share(self, batch: Batch) -> None:
         """Rank 0: hand the batch to the other ranks, which are waiting in `receive`."""
@@ -132,21 +153,34 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Forward:
         """Launch the forward pass: writes the keys and values of the batch's tokens into the cache. Every rank."""
         step = batch.to_tensors(self.device)
-        token_ids = step.token_ids
-        if batch.num_fed:
-            fed = self.last_tokens[(-1 - token_ids).clamp(min=0)]
-            token_ids = torch.where(token_ids < 0, fed, token_ids)
-        self.token_cache[step.slot_mapping] = token_ids
-        attention = AttentionInputs(
-            slot_mapping=step.slot_mapping,
-            block_tables=step.block_tables,
-            cu_seqlens_q=step.cu_seqlens_q,
-            context_lens=step.context_lens,
-        )
-        hidden = self.model(token_ids, step.positions, attention, self.kv_caches)
-        # Every rank: they gather the vocabulary.
-        logits = self.model.logits(hidden.index_select(0, step.sample_rows)) if batch.num_samples else None
-        return Forward(step, logits, self._prompt_logprobs(batch, step, hidden))
+        hidden, graph = self._hidden(batch, step)
+        logits = None
+        if batch.num_samples:  # every rank: they gather the vocabulary
+            rows = hidden if batch.num_samples == batch.num_tokens else hidden.index_select(0, step.sample_rows)
+            logits = self.model.logits(rows)
+        return Forward(step, graph, logits, self._prompt_logprobs(batch, step, hidden))
+
+    def _hidden(self, batch: Batch, step: BatchArrays[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+        """Hidden states [T, hidden_size] of the batch's tokens, and whether a graph gave them."""
+        if self.packer is None:
+            attention = AttentionInputs(step.slot_mapping, step.block_tables, step.cu_seqlens_q, step.context_lens)
+            return self._compute(ModelInputs(step.token_ids, step.positions, attention)), False
+        size = self.graphs.size_for(batch.num_tokens) if self.graphs else None
+        if self.graphs is not None and size is not None:
+            with contextlib.suppress(ops.PlanTooLarge):
+                return self.graphs.replay(self.packer.pack(batch, size), batch.num_tokens), True
+        packed = self.packer.pack(batch)
+        return self._compute_packed(packed, to_device(packed.buffer, self.device)), False
+
+    def _compute_packed(self, packed: PackedInputs, flat: torch.Tensor) -> torch.Tensor:
+        local = self.shape.local_sizes(self.parallel.size)
+        return self._compute(packed.over(flat, local.num_heads, self.shape.head_dim))
+
+    def _compute(self, inputs: ModelInputs) -> torch.Tensor:
+        """Launch the model, kernel by kernel."""
+        token_ids = ops.feed_tokens(inputs.token_ids, self.last_tokens, inputs.attention.slot_mapping, self.token_cache)
+        hidden: torch.Tensor = self.model(token_ids, inputs.positions, inputs.attention, self.kv_caches)
+        return hidden
 
     def _prompt_logprobs(
         self, batch: Batch, step: BatchArrays[torch.Tensor], hidden: torch.Tensor
@@ -177,7 +211,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
-        return Drawn(batch, on_host, told, prompt_told, arrived)
+        return Drawn(batch, on_host, told, prompt_told, arrived, forward.graph)
 
     @torch.inference_mode()
     def follow(self, batch: Batch) -> None:
@@ -217,11 +251,13 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     max_model_len = max_model_len_of(config.model, shape)
     dtype_name = resolve_dtype(config.model.dtype, shape, device.type == "cuda")
     dtype = getattr(torch, dtype_name)
+    ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
-    model = Decoder(shape, parallel, dtype, device, max_model_len)
-    report = load_weights(model, shape, config.model, config.seed, device)
+    with require_fit(f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights", device):
+        model = Decoder(shape, parallel, dtype, device, max_model_len)
+        report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
-    logger.info("loaded %s; %s", report.explain(), _memory_in_words(device))
+    logger.info("loaded %s; %s", report.explain(), memory_in_words(device))
     loaded = time.monotonic()
     profiler = ModelRunner(shape, model, parallel, config.engine, max_model_len, dtype, device, num_blocks=1)
     num_blocks = measure_kv_blocks(profiler, config, shape, dtype_name)
@@ -233,87 +269,9 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
         f"{num_blocks:,}",
         config.engine.block_size,
         gib(runner.kv_cache.nbytes),
-        _memory_in_words(device),
+        memory_in_words(device),
     )
-    runner.phases = {"load": loaded - begin, "kv": time.monotonic() - loaded}
+    measured = time.monotonic()
+    runner.capture_graphs(config.engine)
+    runner.phases = {"load": loaded - begin, "kv": measured - loaded, "graphs": time.monotonic() - measured}
     return runner
-
-
-def measure_kv_blocks(profiler: ModelRunner, config: Config, shape: ModelShape, dtype: str) -> int:
-    """How many blocks of KV cache this rank's memory holds beside weights and activations; the least of all ranks.
-
-    On a GPU by running the largest batch there can be and reading the peak, on a CPU by a share of the free memory; never
-    more than `max_num_seqs` sequences can fill. ConfigError: less than one sequence of `max_model_len` tokens.
-    """
-    size, max_model_len = profiler.parallel.size, profiler.max_model_len
-    free = _free_for_cache(profiler, config)
-    num_blocks = _least_of_all_ranks(kv_blocks(free, shape, dtype, size, config.engine, max_model_len), profiler.parallel)
-    if num_blocks * config.engine.block_size < max_model_len:
-        needed = max_model_len * shape.kv_bytes_per_token(dtype, size)
-        raise ConfigError(
-            f"model.max_model_len={max_model_len:,} needs {gib(needed)} of KV cache on each rank and {gib(max(0, free))} are "
-            "available: lower model.max_model_len, or raise hw.tensor_parallel or engine.gpu_memory_utilization"
-        )
-    return num_blocks
-
-
-def _free_for_cache(profiler: ModelRunner, config: Config) -> int:
-    """Bytes of this rank's device that may become KV cache; below 0 when even the model does not fit the share allowed."""
-    if profiler.device.type == "cuda":
-        return _measure_cuda(profiler, config.engine)
-    processes = max(profiler.parallel.size, config.hw.gpus_per_node)
-    return min(available_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
-
-
-def _measure_cuda(profiler: ModelRunner, engine: EngineConfig) -> int:
-    device = profiler.device
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    profiler.execute(largest_batch(engine, profiler.max_model_len))
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    outside = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, NCCL, other processes
-    logger.info("largest step: peak %s, %s outside of torch; %s", gib(peak), gib(outside), _memory_in_words(device))
-    torch.cuda.empty_cache()
-    return int(engine.gpu_memory_utilization * total) - peak - outside
-
-
-def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:
-    """`max_num_batched_tokens` tokens of `max_num_seqs` sequences that all draw a token, with as much context as matters.
-
-    Runs over a cache of a single block: no token is stored, and every block table names block 0 only.
-    """
-    num_tokens, context = engine.max_num_batched_tokens, min(max_model_len, PROFILE_CONTEXT)
-    num_seqs = min(engine.max_num_seqs, num_tokens)
-    counts = np.ones(num_seqs, dtype=np.int32)
-    for i in range(num_seqs):  # a few long chunks need more room than many short ones
-        counts[i] += min(context - 1, num_tokens - int(counts.sum()))
-    batch = Batch.empty(int(counts.sum()), num_seqs, -(-context // engine.block_size), num_seqs)
-    batch.cu_seqlens_q[:] = np.concatenate([[0], np.cumsum(counts)])
-    batch.context_lens[:] = context
-    batch.positions[:] = np.concatenate([np.arange(context - count, context) for count in counts])
-    batch.slot_mapping[:] = -1
-    batch.sample_rows[:] = batch.cu_seqlens_q[1:] - 1
-    batch.temperature[:], batch.top_p[:], batch.min_p[:], batch.top_k[:] = 1.0, 0.9, 0.1, 10
-    batch.repetition_penalty[:], batch.presence_penalty[:], batch.frequency_penalty[:] = 1.1, 0.1, 0.1
-    batch.sample_seqs[:] = batch.sample_slots[:] = np.arange(num_seqs)
-    batch.num_logprobs[:] = 0
-    for zeros in (batch.token_ids, batch.block_tables, batch.seeds, batch.sample_positions, batch.prompt_lens):
-        zeros[:] = 0
-    return batch
-
-
-def _least_of_all_ranks(value: int, parallel: TensorParallel) -> int:
-    if parallel.size == 1:
-        return value
-    least = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=parallel.host_group)
-    return int(least)
-
-
-def _memory_in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{gib(free)} of {gib(total)} free on {device}"
-    return f"{gib(available_memory())} free on the host"

@@ -29,7 +29,7 @@ class TokenMask:
 class SampledTokens:
     """What a step drew, on the device."""
 
-    token_ids: Tensor  # [N] int64
+    token_ids: Tensor  # [N] int32 or int64
     broken: Tensor  # [N] bool: the row's logits are no numbers, so its token means nothing
     logprobs: ops.LogProbabilities | None  # of the rows with num_logprobs >= 0, in order, for the largest k among them
 
@@ -57,14 +57,12 @@ def sample_tokens(
         logits[row, token] = logits.new_full((), -torch.inf)  # a number would come from the host, and make it wait
     if len(penalised):
         _penalise(logits, _on_device(penalised, logits), step, token_cache)
-    highest, token_ids = logits.max(-1)  # of equals the lowest id; NaN, if there is one
-    if batch.temperature.any():
-        token_ids = _draw(logits, step)
+    token_ids, broken = _draw(logits, step) if batch.temperature.any() else ops.greedy(logits)
     told = None
     if len(asking):
         chosen = token_ids if len(asking) == len(token_ids) else token_ids[_on_device(asking, logits)]
         told = ops.log_probabilities(raw, chosen, int(batch.num_logprobs.max()))
-    return SampledTokens(token_ids, highest.isnan(), told)
+    return SampledTokens(token_ids, broken, told)
 
 
 def forbid_in_mask(mask: TokenMask, forbidden: np.ndarray) -> tuple[TokenMask, np.ndarray]:
@@ -102,8 +100,8 @@ def _penalise(logits: Tensor, rows: Tensor, step: BatchArrays[Tensor], token_cac
     )
 
 
-def _draw(logits: Tensor, step: BatchArrays[Tensor]) -> Tensor:
-    return ops.sample(logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions)
+def _draw(logits: Tensor, step: BatchArrays[Tensor]) -> tuple[Tensor, Tensor]:
+    return ops.draw(logits, step.temperature, step.top_k, step.top_p, step.min_p, step.seeds, step.sample_positions)
 
 
 def _on_device(indices: np.ndarray, like: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class ScheduledBatch:
     sequences: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
     prefix_hit_tokens: int = 0
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
@@ -134,6 +135,26 @@ class Scheduler:
             self.blocks.free(seq)
         return bool(ended)
 
+    def shrink(self, batch: ScheduledBatch) -> list[Sequence]:
+        """Take back a scheduled batch that the device had no memory for, and allow steps half as large from here on.
+
+        Whatever was in prefill waits again, and so do the youngest of the rest if they are too many for such a step. Returns the
+        sequences that gave up their blocks.
+        """
+        assert batch.num_tokens > 1, "a step cannot have less than one token"
+        self.max_num_batched_tokens = batch.num_tokens // 2
+        self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
+        given_up = []
+        for seq in reversed(list(self.running.values())):  # who shares blocks before the one who would have filled them
+            if seq.num_tokens >= seq.max_num_tokens:  # its last token is being drawn
+                continue
+            self.blocks.unregister(seq, seq.num_computed_tokens)
+            prefilling = seq.num_tokens - seq.num_computed_tokens > 1 or seq in batch.admitted
+            if prefilling or len(self.running) > self.max_num_seqs:
+                self._preempt(seq)
+                given_up.append(seq)
+        return given_up
+
     def _preempt(self, seq: Sequence) -> None:
         del self.running[seq.request.request_id]
         self.blocks.register(seq, seq.num_computed_tokens)
@@ -168,6 +189,7 @@ class Scheduler:
             del self.waiting[request_id]
             self.running[request_id] = seq
             seq.status = SequenceStatus.RUNNING
+            batch.admitted.append(seq)
             self.blocks.allocate(seq, seq.num_tokens, prefix)
             seq.num_computed_tokens = len(prefix) * self.blocks.block_size
             batch.prefix_hit_tokens += max(0, min(seq.num_computed_tokens, seq.num_prompt_tokens) - seq.num_prefilled_tokens)

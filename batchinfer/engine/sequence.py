@@ -145,6 +145,7 @@ class StepResult:
     token_ids: list[int]  # or NO_TOKEN
     logprobs: list[TokenLogprobs | None] | None = None  # None: nobody asked
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the batch's prompt positions, in order
+    graph: bool = False  # whether the step was the replay of a captured one
 
 
 @dataclass(slots=True)

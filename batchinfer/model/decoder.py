@@ -91,10 +91,9 @@ class DecoderLayer(nn.Module):
         attention: AttentionInputs,
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
-        normed, residual = self.input_layernorm(x, residual)
-        y = self.self_attn(normed, cos_sin, positions, attention, kv_cache)
-        normed, residual = self.post_attention_layernorm(y, residual)
-        return self.mlp(normed), residual
+        qkv, residual = self.self_attn.qkv_proj(x, residual, self.input_layernorm)
+        y = self.self_attn(qkv, cos_sin, positions, attention, kv_cache)
+        return self.mlp(y, residual, self.post_attention_layernorm)
 
     def slices(self) -> Iterator[WeightSlice]:
         for part in (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp):
@@ -128,23 +127,15 @@ class Attention(nn.Module):
     def _norm(self, name: str, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> RMSNorm | None:
         return RMSNorm(name, shape.head_dim, shape.rms_norm_eps, dtype, device) if shape.qk_norm else None
 
-    def forward(self, x: Tensor, cos_sin: Tensor, positions: Tensor, attention: AttentionInputs, kv_cache: KVCache) -> Tensor:
-        parts = self.qkv_proj(x).split(self.qkv_proj.sizes, dim=-1)
+    def forward(self, qkv: Tensor, cos_sin: Tensor, positions: Tensor, attention: AttentionInputs, kv_cache: KVCache) -> Tensor:
+        """What `qkv_proj` gave [T, all heads] -> [T, hidden_size]."""
+        parts = qkv.split(self.qkv_proj.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         keys, values = kv_cache
         q = ops.rope_and_cache(q, k, v, cos_sin, positions, keys, values, attention.slot_mapping)
-        y = ops.paged_attention(
-            q,
-            keys,
-            values,
-            attention.block_tables,
-            attention.cu_seqlens_q,
-            attention.context_lens,
-            self.scale,
-            self.sliding_window,
-        )
+        y = attention.attend(q, kv_cache, self.scale, self.sliding_window)
         projected: Tensor = self.o_proj(y.flatten(1))
         return projected
 
@@ -166,9 +157,10 @@ class GatedMLP(nn.Module):
         size, bias = shape.hidden_size, shape.mlp_bias
         self.down_proj = RowParallelLinear(f"{name}.down_proj", size, total, bias, parallel, dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
-        return y
+    def forward(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The norm in front of the MLP, then the MLP: (x, residual) -> (y, new residual)."""
+        gated, residual = self.gate_up_proj.gate(x, residual, norm)
+        return self.down_proj(gated), residual
 
     def slices(self) -> Iterator[WeightSlice]:
         yield from self.gate_up_proj.slices()

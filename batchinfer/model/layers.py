@@ -6,7 +6,7 @@ Column-parallel layers split outputs, row-parallel layers split inputs and sum o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,24 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_block
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """Where each token of a flat batch belongs. T tokens, S sequences; sliding windows come from the model's shape."""
+    """Where each token of a flat batch belongs. T tokens, S sequences; sliding windows come from the model's shape.
+
+    What attends says either where sequences begin and end, or (kernels) has it worked out in plans, one for each window.
+    """
 
     slot_mapping: Tensor  # [T] place of the token's key and value in the cache; -1: padding, not stored
-    block_tables: Tensor  # [S, max_blocks] int32
-    cu_seqlens_q: Tensor  # [S + 1] where each sequence's tokens begin, and T
-    context_lens: Tensor  # [S] tokens of each sequence up to and with this step's; 0: padding
+    block_tables: Tensor  # [S, max_blocks] int32; with plans flat, [.., 1]
+    cu_seqlens_q: Tensor | None = None  # [S + 1] where each sequence's tokens begin, and T
+    context_lens: Tensor | None = None  # [S] tokens of each sequence up to and with this step's; 0: padding
+    plans: Mapping[int | None, ops.DevicePlan] | None = None
+
+    def attend(self, q: Tensor, kv_cache: KVCache, scale: float, window: int | None) -> Tensor:
+        """Causal attention of q [T, H, D] over what the cache holds of its sequences. Returns [T, H, D]."""
+        keys, values = kv_cache
+        if self.plans is not None:
+            return ops.planned_attention(q, keys, values, self.block_tables, self.plans[window], scale, window)
+        assert self.cu_seqlens_q is not None and self.context_lens is not None, "there are neither plans nor sequences"
+        return ops.paged_attention(q, keys, values, self.block_tables, self.cu_seqlens_q, self.context_lens, scale, window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +60,24 @@ class LinearWeight(nn.Module):
     """
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in_features] -> [..., out_features], plus bias [out_features]."""
+        """x [T, in_features] -> [T, out_features], plus bias [out_features]."""
         raise NotImplementedError
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` of what `norm` makes of x and the residual [T, in_features], and the new residual.
+
+        A format whose product can do the norm within overrides this, and `gate_after_norm`.
+        """
+        normed, residual = norm(x, residual)
+        y: Tensor = self(normed, bias)
+        return y, residual
+
+    def gate_after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`after_norm` of a matrix of gate rows, then up rows: silu(gate) * up [T, out_features / 2], and the new residual."""
+        gate_up, residual = self.after_norm(x, residual, norm, bias)
+        return ops.silu_and_mul(gate_up), residual
 
     def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
         """Rows start to stop of checkpoint matrix `name`, to be held from row `at` on."""
@@ -68,7 +96,15 @@ class PlainWeight(LinearWeight):
         self.weight = _parameter(out_features, in_features, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return nn.functional.linear(x, self.weight, bias)
+        return ops.linear(x, self.weight, bias)
+
+    def after_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.norm_linear(x, residual, norm.weight, norm.eps, self.weight, bias)
+
+    def gate_after_norm(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.norm_linear_silu(x, residual, norm.weight, norm.eps, self.weight, bias)
 
     def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
         yield WeightSlice(f"{name}.weight", shape, 0, start, stop, self.weight[at : at + stop - start])
@@ -88,7 +124,7 @@ class OutputPart:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Several linear layers over one input, fused into one matrix product. Each rank computes its rows of each."""
+    """Several linear layers over one normed input, fused into one matrix product. Each rank computes its rows of each."""
 
     def __init__(
         self, in_features: int, parts: Sequence[OutputPart], bias: bool, dtype: torch.dtype, device: torch.device
@@ -99,9 +135,13 @@ class ColumnParallelLinear(nn.Module):
         self.weight = PlainWeight(sum(self.sizes), in_features, dtype, device)
         self.bias = _parameter(sum(self.sizes), dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.weight(x, self.bias)
-        return y
+    def forward(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The norm in front of the layer, then the layer: (x, residual) -> (y, new residual)."""
+        return self.weight.after_norm(x, residual, norm, self.bias)
+
+    def gate(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The same for a layer whose two parts are gate and up, with their activation behind it."""
+        return self.weight.gate_after_norm(x, residual, norm, self.bias)
 
     def slices(self) -> Iterator[WeightSlice]:
         at = 0
@@ -163,15 +203,11 @@ class VocabParallel(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden_size], the same on every rank."""
-        if self.parallel.size == 1:
-            return nn.functional.embedding(token_ids, self.weight)
-        elsewhere = (token_ids < self.start) | (token_ids >= self.stop)
-        rows = nn.functional.embedding((token_ids - self.start).masked_fill(elsewhere, 0), self.weight)
-        return self.parallel.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return self.parallel.all_reduce(ops.embedding(token_ids, self.weight, self.start, self.stop))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden_size] -> [S, vocab_size], the same on every rank."""
-        gathered = self.parallel.all_gather_last(nn.functional.linear(hidden, self.weight))
+        gathered = self.parallel.all_gather_last(ops.linear(hidden, self.weight))
         return gathered[:, : self.shape[0]]
 
     def slices(self) -> Iterator[WeightSlice]:

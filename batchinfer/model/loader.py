@@ -158,12 +158,12 @@ def _copy(path: Path, wish: WeightSlice, rows: slice) -> int:
 
 def _fill_random(slices: list[WeightSlice], seed: int, device: torch.device) -> int:
     for wish in slices:
-        whole = _random_tensor(wish.name, wish.shape, seed, wish.destination.dtype, device)
+        whole = random_tensor(wish.name, wish.shape, seed, wish.destination.dtype, device)
         wish.destination.copy_(whole.narrow(wish.dim, wish.start, wish.stop - wish.start))
     return sum(wish.destination.nbytes for wish in slices)
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A whole parameter, the same on every rank: normal with RANDOM_STD, around 1 for norms."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)

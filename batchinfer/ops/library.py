@@ -25,6 +25,6 @@ def load_kernels() -> None:
         torch.ops.load_library(str(PATH))
     except OSError as error:
         raise ConfigError(
-            f"the CUDA kernels in {PATH} do not load into PyTorch {torch.__version__}: build them again with `{BUILD}`, or choose "
-            f"engine.attention_backend=reference ({error})"
+            f"the CUDA kernels in {PATH} do not load into PyTorch {torch.__version__}: build them again with `{BUILD}`, or "
+            f"choose engine.attention_backend=reference ({error})"
         ) from None

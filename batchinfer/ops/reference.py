@@ -17,14 +17,16 @@ from batchinfer.ops.precision import accumulation_dtype
 from batchinfer.ops.reference_attention import paged_attention
 from batchinfer.ops.reference_logprobs import LogProbabilities, log_probabilities
 from batchinfer.ops.reference_penalties import apply_penalties, apply_token_bitmask
-from batchinfer.ops.reference_sampling import sample
+from batchinfer.ops.reference_sampling import draw, greedy, sample
 
 __all__ = [
     "LogProbabilities",
     "apply_penalties",
     "apply_token_bitmask",
+    "draw",
     "embedding",
     "feed_tokens",
+    "greedy",
     "log_probabilities",
     "paged_attention",
     "rms_norm",

@@ -14,6 +14,19 @@ CHUNK_ELEMENTS = 2**23  # logits worked on at once: noise and filters take some 
 WORD = 0xFFFFFFFF  # Philox works on unsigned 32-bit words; they lie in int64 here
 
 
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row of logits [S, V] (int32, the lowest id among equals), and which rows hold a NaN (bool)."""
+    highest, token_ids = logits.max(-1)  # NaN, if there is one
+    return token_ids.int(), highest.isnan()
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sample`, and which rows hold a NaN: their tokens mean nothing."""
+    return sample(logits, temperature, top_k, top_p, min_p, seeds, positions), logits.amax(-1).isnan()
+
+
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:

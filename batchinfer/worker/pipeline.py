@@ -79,6 +79,7 @@ class RequestSource:
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
         self._window, self._enough = window, enough
         self._stop = threading.Event()
+        self._look = threading.Event()
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever
         self._thread = threading.Thread(target=self._run, name="request-source", daemon=True)
@@ -95,9 +96,14 @@ class RequestSource:
         except queue.Empty:
             return None
 
+    def look(self) -> None:
+        """A unit has been committed here: it may have been the last, so look now and not at the next interval."""
+        self._look.set()
+
     def stop(self) -> None:
         """Claims nothing further; returns when the thread has ended. Rows not yet taken are left to the claims' release."""
         self._stop.set()
+        self._look.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -112,7 +118,8 @@ class RequestSource:
                 elif self._board.finished():
                     self.finished = True
                 else:
-                    self._stop.wait(CLAIM_INTERVAL_S)
+                    self._look.wait(CLAIM_INTERVAL_S)
+                    self._look.clear()
         except BaseException as error:
             self._error = error
 
@@ -177,7 +184,8 @@ class CompletionSink:
     """Gathers the results of rows and commits every unit whose rows are all there.
 
     Decoding, building the table and the commit itself run in one background thread; `before_commit` is called there first
-    (statistics are flushed, the weights' hash is awaited), so that a committed row never points at something lost.
+    (statistics are flushed, the weights' hash is awaited), so that a committed row never points at something lost, and
+    `after_commit` when the unit is there.
     """
 
     def __init__(
@@ -189,9 +197,10 @@ class CompletionSink:
         tokenizer: Tokenizer | None,
         input_schema: pa.Schema,
         before_commit: Callable[[], None],
+        after_commit: Callable[[], None] = lambda: None,
     ):
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
-        self._tokenizer, self._before_commit = tokenizer, before_commit
+        self._tokenizer, self._before_commit, self._after_commit = tokenizer, before_commit, after_commit
         self._schema = output_schema(input_schema, manifest.columns, config)
         self._running: dict[int, RunningSample] = {}
         self._open: dict[int, OpenUnit] = {}
@@ -295,6 +304,7 @@ class CompletionSink:
         footer = unit_footer(unit.number, 0, unit.inputs, table, unit.results, self._replica, self._manifest.versions)
         self._before_commit()
         outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
+        self._after_commit()
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
             return

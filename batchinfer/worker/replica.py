@@ -90,7 +90,9 @@ class Replica:
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
         self._source = RequestSource(manifest, self._board, reader, builder, max(2 * rows, ORDERED_ROWS), enough=-(-rows // 2))
-        self._sink = CompletionSink(run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit)
+        self._sink = CompletionSink(
+            run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit, self._source.look
+        )
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
         self._looked_for_cancel = time.monotonic()

@@ -33,6 +33,8 @@ class AnswerAtOnce:
         self.logprob = TokenLogprobs(7, -1.0, 1, [(7, -1.0)]) if logprobs else None
         self.num_samples = 0
 
+    can_retry = True
+
     def share(self, batch: Batch) -> None:
         pass
 

@@ -46,7 +46,7 @@ CHATML = """{% for message in messages %}{{ '<|im_start|>' ~ message.role ~ '\n'
 def main() -> None:
     arguments = _arguments()
     texts = [path.read_text("utf-8", errors="ignore") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-    tokenizer = Tokenizer.load(arguments.model) if arguments.model else _train(texts, arguments.vocab)
+    tokenizer = Tokenizer.load(arguments.model) if arguments.model else Tokenizer(train(texts, arguments.vocab), {})
     template = ChatTemplate.load(arguments.model, arguments.template or (None if arguments.model else CHATML))
     prompts = list(_prompts(tokenizer, "".join(texts), arguments.rows, arguments.tokens))
     sources = {
@@ -74,7 +74,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _train(texts: list[str], vocab: int) -> Tokenizer:
+def train(texts: list[str], vocab: int) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer of `texts`."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -82,7 +83,7 @@ def _train(texts: list[str], vocab: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, {})
+    return backend
 
 
 def _prompts(tokenizer: Tokenizer, text: str, rows: int, tokens: int) -> Iterator[str]:

@@ -59,6 +59,8 @@ class HashRunner:
         self.num_tokens = 0
         self.closed = False
 
+    can_retry = True
+
     def share(self, batch: Batch) -> None:
         self.shared = batch.pack().copy()
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from batchinfer.config import ConfigError, EngineConfig
-from batchinfer.engine import model_runner
+from batchinfer.engine import kv_memory, model_runner
 from batchinfer.engine.engine import build_engine
-from batchinfer.engine.model_runner import build_runner, largest_batch
+from batchinfer.engine.kv_memory import largest_batch
+from batchinfer.engine.model_runner import build_runner
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from tests.checkpoints import save_checkpoint
@@ -48,9 +49,9 @@ def test_the_cache_is_a_share_of_free_memory_for_each_process(checkpoint: Path, 
     config = dataclasses.replace(config, hw=dataclasses.replace(config.hw, gpus_per_node=2))
     shape = load_shape(config.model)
     block_bytes = 4 * shape.kv_bytes_per_token("float64")
-    monkeypatch.setattr(model_runner, "available_memory", lambda: 600 * block_bytes)
+    monkeypatch.setattr(kv_memory, "available_memory", lambda: 600 * block_bytes)
     assert build_runner(config, shape, TensorParallel(), CPU).num_blocks == 100
-    monkeypatch.setattr(model_runner, "available_memory", lambda: 60 * block_bytes)
+    monkeypatch.setattr(kv_memory, "available_memory", lambda: 60 * block_bytes)
     with pytest.raises(ConfigError, match=r"model.max_model_len=96 needs .* hw.tensor_parallel or engine.gpu_memory_utilization"):
         build_runner(config, shape, TensorParallel(), CPU)
 

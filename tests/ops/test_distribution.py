@@ -21,6 +21,7 @@ from transformers import (
 
 from batchinfer.ops import apply_penalties, sample
 from batchinfer.ops.reference_sampling import gumbel_noise
+from tests.ops.chi_square import p_value
 
 P_MIN = 1e-4
 VOCAB, SEEDS, POSITIONS = 24, 400, 300
@@ -97,21 +98,6 @@ def observed(case: Case, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     limits = (filled(case.top_k).int(), filled(case.top_p), filled(case.min_p))
     tokens = sample(logits.expand(len(seeds), -1), filled(case.temperature), *limits, seeds, positions)
     return tokens.bincount(minlength=VOCAB)
-
-
-def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Of Pearson's chi-square test; rare cells, below 5 expected draws, count as one. What cannot come must not have come."""
-    counts, wanted = counts.double(), probabilities * counts.sum()
-    if counts[wanted == 0].any():
-        return 0.0
-    rare = wanted < 5
-    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
-    wanted = torch.cat((wanted[~rare], wanted[rare].sum()[None]))
-    counts, wanted = counts[wanted > 0], wanted[wanted > 0]
-    if len(wanted) == 1:
-        return 1.0
-    statistic = ((counts - wanted) ** 2 / wanted).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64), statistic / 2))
 
 
 def independence(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from batchinfer.ops import sample
+from batchinfer.ops import draw, greedy, sample
 from batchinfer.ops.reference_sampling import filter_scores, gumbel_noise, philox4x32
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -157,3 +157,22 @@ def test_a_broken_row_spoils_no_other(poison, limits):
     logits[1, : len(poison)] = torch.tensor(poison)
     after = _sample(logits, **limits).tolist()
     assert after[::2] == before[::2] and 0 <= after[1] < 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_takes_the_lowest_of_equals_and_tells_rows_with_nan(dtype):
+    logits = torch.tensor(
+        [[1, 3, 3, 0], [2, torch.nan, 5, torch.nan], [-torch.inf] * 4, [0, torch.inf, torch.inf, 1]], dtype=dtype
+    )
+    token_ids, broken = greedy(logits)
+    assert token_ids.dtype == torch.int32
+    assert token_ids.tolist() == [1, 1, 0, 1] and broken.tolist() == [False, True, False, False]
+
+
+def test_draw_is_sample_and_tells_rows_with_nan():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
+    logits[1, 7] = torch.nan
+    one = torch.ones(3, dtype=torch.float64)
+    settings = (one, 0 * one.int(), one, 0 * one, torch.arange(3), torch.arange(3))
+    token_ids, broken = draw(logits, *settings)
+    assert torch.equal(token_ids, sample(logits, *settings)) and broken.tolist() == [False, True, False]

@@ -22,6 +22,7 @@ from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
+from batchinfer.worker import pipeline
 from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, PendingRow, RequestSource
 
 VOCABULARY = 50
@@ -53,7 +54,9 @@ class Run:
         reader = UnitReader(found.root, found.shards, columns_to_read(self.config.input, found.schema, inputs.column_names))
         self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
         self.source = RequestSource(self.manifest, self.board, reader, self.builder, window, enough=window // 4)
-        self.sink = CompletionSink(self.run_dir, self.manifest, self.config, "r0", None, found.schema, lambda: None)
+        self.sink = CompletionSink(
+            self.run_dir, self.manifest, self.config, "r0", None, found.schema, lambda: None, self.source.look
+        )
 
     def take(self, count: int) -> list[PendingRow]:
         rows: list[PendingRow] = []
@@ -75,6 +78,20 @@ class Run:
         self.source.stop()
         assert verify(self.run_dir) == []
         return pq.read_table(next(self.run_dir.completions.glob("*.parquet"))).to_pylist()
+
+
+def test_the_last_commit_ends_the_source_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "CLAIM_INTERVAL_S", 60.0)
+    run = Run(tmp_path, pa.table({"ids": [[1], [2]]}))
+    requests = run.requests(2)
+    time.sleep(0.2)  # it has found nothing further to claim, and waits
+    assert not run.source.finished
+    run.sink.accept([output(request, [4], ends=True) for request in requests], 0)
+    deadline = time.monotonic() + 10
+    while not run.source.finished and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert run.source.finished
+    run.finish()
 
 
 def output(request: Request, tokens: list[int], ends: bool, **more: Any) -> TokenOutput:

@@ -1,0 +1,104 @@
+"""Paged attention by kernels: what `reference_attention.py` specifies, laid out by a plan of `attention_plan.py`.
+
+Kernels take float16 and bfloat16, head dimensions 64 and 128, block sizes that are multiples of 16, up to 16 query heads to a
+KV head, and caches whose memory is [blocks, K, block_size, D]. Everything else, and a call without a plan, goes to the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchinfer.ops import reference
+from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, buffer_size, split_buffer
+from batchinfer.ops.library import load_kernels
+
+HEAD_DIMS, MAX_GROUP, TOKENS = (64, 128), 16, 16
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """A plan where kernels read it, and room for partial results, which layers share. Filling it again moves nothing."""
+
+    counts: PlanCounts
+    warps: int
+    buffer: Tensor
+    segments: Tensor
+    part_indptr: Tensor
+    tiles: Tensor
+    tile_rows: Tensor
+    combine_rows: Tensor
+    combine_indptr: Tensor
+    combine_slots: Tensor
+    partial_out: Tensor  # [slots, H, D] float32
+    partial_lse: Tensor  # [slots, H] float32
+
+    @classmethod
+    def empty(cls, counts: PlanCounts, warps: int, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
+        buffer = torch.zeros(buffer_size(counts), dtype=torch.int32, device=device)
+        out = torch.empty(counts.slots, num_heads, head_dim, dtype=torch.float32, device=device)
+        lse = torch.empty(counts.slots, num_heads, dtype=torch.float32, device=device)
+        return cls(counts, warps, buffer, **split_buffer(buffer, counts), partial_out=out, partial_lse=lse)
+
+    @classmethod
+    def over(cls, plan: AttentionPlan, flat: Tensor, num_heads: int, head_dim: int) -> DevicePlan:
+        """The plan as it lies in `flat` on the device, where a copy of its buffer is, or will be when it is used."""
+        out = torch.empty(plan.counts.slots, num_heads, head_dim, dtype=torch.float32, device=flat.device)
+        lse = torch.empty(plan.counts.slots, num_heads, dtype=torch.float32, device=flat.device)
+        arrays = split_buffer(flat, plan.counts)
+        return cls(plan.counts, plan.warps, flat, **arrays, partial_out=out, partial_lse=lse)
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
+        made = cls.empty(plan.counts, plan.warps, num_heads, head_dim, device)
+        made.fill(plan)
+        return made
+
+    def fill(self, plan: AttentionPlan) -> None:
+        """Take over another plan of the same sizes: one transfer."""
+        assert plan.counts == self.counts and plan.warps == self.warps, "a plan of other sizes"
+        self.buffer.copy_(torch.from_numpy(plan.buffer), non_blocking=True)
+
+
+def kernels_take(k_cache: Tensor, group: int) -> bool:
+    """Whether there are kernels for a cache of this type and shape, with `group` query heads to a KV head."""
+    block_size, _, head_dim = k_cache.shape[1:]
+    dense = k_cache.stride(3) == 1 and k_cache.stride(1) == head_dim
+    shapes = head_dim in HEAD_DIMS and block_size % TOKENS == 0 and group <= MAX_GROUP
+    return k_cache.is_cuda and k_cache.dtype in (torch.float16, torch.bfloat16) and shapes and dense
+
+
+def planned_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: DevicePlan, scale: float, window: int | None
+) -> Tensor:
+    """As `reference.paged_attention` of the batch and window that the plan was made for. Rows of no sequence stay unwritten."""
+    load_kernels()
+    ops = torch.ops.batchinfer
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    caches, partial = (k_cache, v_cache, block_tables), (plan.partial_out, plan.partial_lse)
+    if plan.counts.tiles:
+        ops.tile_attention(q, *caches, plan.tiles, plan.tile_rows, out, *partial, scale, window or 0)
+    if plan.counts.parts:
+        ops.decode_attention(q, *caches, plan.segments, plan.part_indptr, out, *partial, scale, plan.warps)
+    if plan.counts.combine_rows:
+        ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    plan: DevicePlan | None = None,
+) -> Tensor:
+    """As `reference.paged_attention`; `plan` is that of the same batch and window. Rows of no sequence stay unwritten."""
+    if plan is None or not kernels_take(k_cache, q.shape[1] // k_cache.shape[2]):
+        return reference.paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
+    return planned_attention(q, k_cache, v_cache, block_tables, plan, scale, sliding_window)
