@@ -50,10 +50,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 7, 32, 64, 80, 128, 256, 264, 1000, 4096, 4100, 5120, 8192, 11008, 16384])
+@pytest.mark.parametrize("size", [1, 7, 64, 128, 264, 1000, 4096, 4100, 11008, 16384])
 @pytest.mark.parametrize(("pad", "offset"), [(0, 0), (16, 8), (3, 1)])
 def test_rms_norm(dtype: torch.dtype, size: int, pad: int, offset: int) -> None:
-    for rows in (0, 1, 5, 133):
+    for rows in (0, 1, 133):
         x = random(rows, size, dtype=dtype, seed=rows, pad=pad, offset=offset)
         residual = random(rows, size, dtype=dtype, seed=rows + 1, pad=2 * pad, offset=offset)
         weight = random(size, dtype=dtype, seed=2)
@@ -105,11 +105,11 @@ def caches(dtype: torch.dtype, kv_heads: int, dim: int, heads_first: bool) -> tu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [64, 128, 80, 96, 256, 6, 2])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1), (32, 8)])
+@pytest.mark.parametrize("dim", [64, 128, 80, 6, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(7, 1), (32, 8)])
 @pytest.mark.parametrize("heads_first", [True, False])
 def test_rope_and_cache(dtype: torch.dtype, dim: int, heads: int, kv_heads: int, heads_first: bool) -> None:
-    for seed, tokens in enumerate((0, 1, 3, 55, 130)):
+    for seed, tokens in enumerate((0, 1, 55, 130)):
         rng = torch.Generator().manual_seed(seed)
         qkv = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=seed, pad=8 * (seed % 2))
         q, k, v = (part.unflatten(1, (-1, dim)) for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1))
@@ -136,7 +136,7 @@ def test_rope_takes_any_alignment_and_index_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 3, 8, 100, 688, 2040, 11008, 14336])
+@pytest.mark.parametrize("size", [1, 8, 100, 688, 11008])
 @pytest.mark.parametrize(("pad", "offset"), [(0, 0), (16, 8), (3, 1)])
 def test_silu_and_mul(dtype: torch.dtype, size: int, pad: int, offset: int) -> None:
     for rows in (0, 1, 67):

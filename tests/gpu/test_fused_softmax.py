@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
-LENGTHS = [1, 7, 16, 100, 256, 504, 1000, 1504, 2048, 2056, 4096, 8192, 8200, 16384, 20000, 20001]
+LENGTHS = [1, 7, 256, 504, 1000, 2048, 4096, 8192, 16384, 20000, 20001]
 
 
 def softmaxes(scores: Tensor, ends: Tensor | None, window: int, dtype: torch.dtype) -> list[Tensor]:
@@ -30,7 +30,7 @@ def softmaxes(scores: Tensor, ends: Tensor | None, window: int, dtype: torch.dty
 
 @pytest.mark.parametrize(("of_scores", "of_probs"), PAIRS)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("window", [None, 1, 300])
+@pytest.mark.parametrize("window", [None, 300])
 def test_fused_softmax(of_scores: torch.dtype, of_probs: torch.dtype, length: int, window: int | None) -> None:
     rng = torch.Generator().manual_seed(length)
     scores = (8 * torch.randn(2, 3, 5, length, generator=rng)).to(of_scores).cuda()

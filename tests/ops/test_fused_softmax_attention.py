@@ -13,8 +13,8 @@ from tests.ops.test_reference import BATCHES, _strided
 
 
 @pytest.mark.parametrize("temporary_bytes", [2**28, 2000])
-@pytest.mark.parametrize("window", [None, 1, 6, 100])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_it_is_the_reference_attention(monkeypatch, batch, heads, kv_heads, window, temporary_bytes):
     monkeypatch.setattr(reference_attention, "TEMPORARY_BYTES", temporary_bytes)
