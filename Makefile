@@ -13,8 +13,9 @@ INSTALLED := $(VENV)/.installed
 demo: install
 	$(BIN)/python -m batchinfer
 
+# As many processes as cores, of one thread each: threads of several processes would fight for the cores.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
 
 lint: install
 	$(BIN)/ruff check .
