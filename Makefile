@@ -26,7 +26,7 @@ install: $(INSTALLED)
 
 # torch goes first and by itself, so that its build (CPU, or which CUDA) is chosen here and not by the resolver. The kernels are
 # compiled against its headers, hence no build isolation.
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/* csrc/common/*)
+$(INSTALLED): pyproject.toml setup.py $(filter-out %.md,$(wildcard csrc/* csrc/common/*))
 	@echo "installing into $(VENV); PyTorch is large, this takes minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)" "setuptools>=77"

@@ -37,9 +37,7 @@ class CudaGraphs:
     `run` launches it for packed inputs that lie in a tensor on the device, and returns hidden states.
     """
 
-    def __init__(
-        self, run: Callable[[PackedInputs, torch.Tensor], torch.Tensor], packer: InputPacker, device: torch.device
-    ) -> None:
+    def __init__(self, run: Run, packer: InputPacker, device: torch.device) -> None:
         self._run, self._packer, self._device = run, packer, device
         self._graphs: dict[tuple[int, bool], Captured] = {}
         self._sizes: list[int] = []
@@ -54,8 +52,9 @@ class CudaGraphs:
         stream = torch.cuda.Stream(self._device)
         torch.cuda.synchronize(self._device)
         for size in reversed(self._sizes):
-            for tiles in (True, False)[size == 1 :]:  # a single token is a decode row
-                self._graphs[size, tiles] = self._capture(size, tiles, pool, stream)
+            for tiles in (True, False):
+                if size > 1 or not tiles:  # a single token is a decode row
+                    self._graphs[size, tiles] = self._capture(size, tiles, pool, stream)
         torch.cuda.synchronize(self._device)
 
     def _capture(self, size: int, tiles: bool, pool: Any, stream: torch.cuda.Stream) -> Captured:

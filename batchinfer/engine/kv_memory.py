@@ -70,7 +70,8 @@ def _measure_cuda(profiler: Profiler, engine: EngineConfig) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     largest = largest_batch(engine, profiler.max_model_len)
-    with require_fit(f"a step of {largest.num_tokens:,} tokens (engine.max_num_batched_tokens)", device):
+    advice = "lower engine.max_num_batched_tokens, or raise hw.tensor_parallel"
+    with require_fit(f"the working memory of a step of {largest.num_tokens:,} tokens and the weights", device, advice):
         profiler.execute(largest)
         torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -82,15 +83,12 @@ def _measure_cuda(profiler: Profiler, engine: EngineConfig) -> int:
 
 
 @contextmanager
-def require_fit(what: str, device: torch.device) -> Iterator[None]:
+def require_fit(what: str, device: torch.device, advice: str) -> Iterator[None]:
     """ConfigError, one sentence, when the device runs out of memory within."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"{what} beside what is there already: more than the memory of {device} ({memory_in_words(device)}); raise "
-            "hw.tensor_parallel, take a smaller model, or lower engine.max_num_batched_tokens"
-        ) from None
+        raise ConfigError(f"{what} do not fit what is left of {device} ({memory_in_words(device)}): {advice}") from None
 
 
 def largest_batch(engine: EngineConfig, max_model_len: int) -> Batch:

@@ -128,7 +128,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, engine: EngineConfig) -> None:
         """Capture steps of few tokens, where kernels that can be captured compute them."""
-        if not engine.cuda_graphs or self.packer is None:
+        if not engine.cuda_graphs or self.packer is None or self.parallel.size > 1:  # collectives were not tried in a graph
             return
         graphs = CudaGraphs(self._compute_packed, self.packer, self.device)
         max_blocks = -(-self.max_model_len // engine.block_size)
@@ -253,7 +253,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype = getattr(torch, dtype_name)
     ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
-    with require_fit(f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights", device):
+    weights = f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights"
+    with require_fit(weights, device, "raise hw.tensor_parallel, or take a smaller model"):
         model = Decoder(shape, parallel, dtype, device, max_model_len)
         report = load_weights(model, shape, config.model, config.seed, device)
     model.eval()
@@ -272,6 +273,12 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
         memory_in_words(device),
     )
     measured = time.monotonic()
-    runner.capture_graphs(config.engine)
+    with require_fit("captured graphs", device, "lower engine.gpu_memory_utilization, or set engine.cuda_graphs=false"):
+        runner.capture_graphs(config.engine)
+    if device.type == "cuda" and config.engine.attention_backend == "auto" and runner.packer is None:
+        logger.warning(
+            "attention is left to plain PyTorch, which is slow: kernels take model.dtype float16 or bfloat16, heads of 64 or 128, "
+            "at most 16 query heads to a KV head, and an engine.block_size that is a multiple of 16"
+        )
     runner.phases = {"load": loaded - begin, "kv": measured - loaded, "graphs": time.monotonic() - measured}
     return runner

@@ -1,7 +1,7 @@
 """Paged attention by kernels: what `reference_attention.py` specifies, laid out by a plan of `attention_plan.py`.
 
 Kernels take float16 and bfloat16, head dimensions 64 and 128, block sizes that are multiples of 16, up to 16 query heads to a
-KV head, and caches whose memory is [blocks, K, block_size, D]. Everything else, and a call without a plan, goes to the reference.
+KV head, and caches whose memory is [blocks, K, block_size, D]. Everything else is left to the reference: ask `kernels_take`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer.ops import reference
 from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, buffer_size, split_buffer
 from batchinfer.ops.library import load_kernels
 
@@ -85,20 +84,3 @@ def planned_attention(
     if plan.counts.combine_rows:
         ops.combine_attention(out, *partial, plan.combine_rows, plan.combine_indptr, plan.combine_slots)
     return out
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    plan: DevicePlan | None = None,
-) -> Tensor:
-    """As `reference.paged_attention`; `plan` is that of the same batch and window. Rows of no sequence stay unwritten."""
-    if plan is None or not kernels_take(k_cache, q.shape[1] // k_cache.shape[2]):
-        return reference.paged_attention(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
-    return planned_attention(q, k_cache, v_cache, block_tables, plan, scale, sliding_window)

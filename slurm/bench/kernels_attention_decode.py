@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchinfer.ops.attention import DevicePlan, paged_attention
+from batchinfer.ops.attention import DevicePlan, planned_attention
 from batchinfer.ops.attention_plan import AttentionShape, plan_attention, with_tuning
 from batchinfer.ops.library import load_kernels
 
@@ -145,14 +145,13 @@ class Inputs:
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         shape = with_tuning(AttentionShape(BLOCK, case.heads, case.kv_heads, sms), **tuning)
         k, v = self.cache.transpose(2, 3).unbind(0)
-        cu_device, contexts_device = torch.from_numpy(cu).cuda(), torch.from_numpy(contexts).cuda()
         calls: list[Callable[[], object]] = []
         for table in self.tables:
             plan = DevicePlan.of(plan_attention(cu, contexts, table, shape), case.heads, case.dim, "cuda")
             on_device = torch.from_numpy(table).cuda()
 
             def call(table: torch.Tensor = on_device, plan: DevicePlan = plan) -> torch.Tensor:
-                return paged_attention(self.q, k, v, table, cu_device, contexts_device, case.dim**-0.5, None, plan)
+                return planned_attention(self.q, k, v, table, plan, case.dim**-0.5, None)
 
             calls.append(call)
         while len(calls) < 8:

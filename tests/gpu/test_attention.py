@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.ops.attention import DevicePlan, paged_attention
+from batchinfer.ops.attention import DevicePlan, planned_attention
 from batchinfer.ops.attention_plan import AttentionShape, PlanCapacity, plan_attention, with_tuning
 from batchinfer.ops.library import load_kernels
 from tests.ops.attention_cases import AttentionCase, make_case, relative_error
@@ -31,7 +31,7 @@ def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
     torch.empty(q.shape, dtype=q.dtype, device="cuda").fill_(float("nan"))
-    return paged_attention(q, k, v, *indices, case.scale, case.window, plan), plan
+    return planned_attention(q, k, v, indices[0], plan, case.scale, case.window), plan
 
 
 @pytest.mark.parametrize("window", [None, 1, 70])

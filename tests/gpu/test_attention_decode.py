@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchinfer.ops.attention import DevicePlan, kernels_take, paged_attention
+from batchinfer.ops.attention import DevicePlan, kernels_take, planned_attention
 from batchinfer.ops.attention_plan import AttentionShape, PlanCapacity, plan_attention, with_tuning
 from tests.ops.attention_cases import AttentionCase, make_case, relative_error
 
@@ -29,7 +29,7 @@ def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
     torch.empty(q.shape, dtype=q.dtype, device="cuda").fill_(float("nan"))  # what `out` is likely to be made of
-    return paged_attention(q, k, v, *indices, case.scale, case.window, plan)
+    return planned_attention(q, k, v, indices[0], plan, case.scale, case.window)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,16 +77,16 @@ def test_a_graph_replays_other_batches_of_its_capacity() -> None:
     capacity = PlanCapacity.for_tokens(len(RAGGED), 1024, shape, tiles=False)
     plans = [plan_attention(c.cu_seqlens_q, c.context_lens, c.block_tables, shape, capacity) for c in cases]
     width = max(c.block_tables.shape[1] for c in cases)
-    q, k, v, *indices = cases[0].tensors("cuda")
+    q, k, v, *_ = cases[0].tensors("cuda")
     tables = torch.zeros(len(RAGGED), width, dtype=torch.int32, device="cuda")
     plan = DevicePlan.of(plans[0], 8, 128, "cuda")
     graph, warm = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    arguments = (q, k, v, tables, *indices[1:], cases[0].scale, None, plan)
+    arguments = (q, k, v, tables, plan, cases[0].scale, None)
     with torch.cuda.stream(warm):
-        paged_attention(*arguments)
+        planned_attention(*arguments)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        y = paged_attention(*arguments)
+        y = planned_attention(*arguments)
     for case, host in zip(cases, plans, strict=True):
         other_q, other_k, other_v, other_tables, *_ = case.tensors("cuda")
         q.copy_(other_q)
