@@ -277,8 +277,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
         runner.capture_graphs(config.engine)
     if device.type == "cuda" and config.engine.attention_backend == "auto" and runner.packer is None:
         logger.warning(
-            "attention is left to plain PyTorch, which is slow: kernels take model.dtype float16 or bfloat16, heads of 64 or 128, "
-            "at most 16 query heads to a KV head, and an engine.block_size that is a multiple of 16"
+            "attention is left to plain PyTorch, which is slow: kernels take model.dtype float16 or bfloat16, heads of 64 or "
+            "128, at most 16 query heads to a KV head, and an engine.block_size that is a multiple of 16"
         )
     runner.phases = {"load": loaded - begin, "kv": measured - loaded, "graphs": time.monotonic() - measured}
     return runner
