@@ -15,7 +15,7 @@ demo: install
 
 # As many processes as cores, of one thread each: threads of several processes would fight for the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: install
 	$(BIN)/ruff check .

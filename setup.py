@@ -92,7 +92,7 @@ def arch_flags() -> list[str]:
 def compile_source(nvcc: str, torch: Path, source: Path) -> Path:
     flags = [*COMMON, "-Xcompiler", "-fPIC", "-I", str(SOURCES)]
     if source.suffix == ".cu":
-        flags += [*arch_flags(), "--expt-relaxed-constexpr", "--expt-extended-lambda", "-lineinfo"]
+        flags += [*arch_flags(), "--expt-relaxed-constexpr", "--expt-extended-lambda"]
     else:
         include = torch / "include"
         flags += ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
