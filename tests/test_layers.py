@@ -25,7 +25,7 @@ LAYERS = {
     "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
-    "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.library ops.elementwise "
+    "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled ops.elementwise "
     "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
     "ops.logprobs ops.skinny",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",

@@ -21,7 +21,7 @@ from batchinfer.ops import (
 )
 from batchinfer.ops.attention import DevicePlan
 from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, PlanTooLarge, empty_plan, plan_attention
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
 __all__ = [

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, buffer_size, split_buffer
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.attention_plan import AttentionPlan, PlanCounts, split_buffer
+from batchinfer.ops.compiled import load_kernels
 
 HEAD_DIMS, MAX_GROUP, TOKENS = (64, 128), 16, 16
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """A plan where kernels read it, and room for partial results, which layers share. Filling it again moves nothing."""
+    """A plan where kernels read it, and room for partial results, which layers share."""
 
     counts: PlanCounts
     warps: int
@@ -35,30 +35,12 @@ class DevicePlan:
     partial_lse: Tensor  # [slots, H] float32
 
     @classmethod
-    def empty(cls, counts: PlanCounts, warps: int, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
-        buffer = torch.zeros(buffer_size(counts), dtype=torch.int32, device=device)
-        out = torch.empty(counts.slots, num_heads, head_dim, dtype=torch.float32, device=device)
-        lse = torch.empty(counts.slots, num_heads, dtype=torch.float32, device=device)
-        return cls(counts, warps, buffer, **split_buffer(buffer, counts), partial_out=out, partial_lse=lse)
-
-    @classmethod
     def over(cls, plan: AttentionPlan, flat: Tensor, num_heads: int, head_dim: int) -> DevicePlan:
         """The plan as it lies in `flat` on the device, where a copy of its buffer is, or will be when it is used."""
         out = torch.empty(plan.counts.slots, num_heads, head_dim, dtype=torch.float32, device=flat.device)
         lse = torch.empty(plan.counts.slots, num_heads, dtype=torch.float32, device=flat.device)
         arrays = split_buffer(flat, plan.counts)
         return cls(plan.counts, plan.warps, flat, **arrays, partial_out=out, partial_lse=lse)
-
-    @classmethod
-    def of(cls, plan: AttentionPlan, num_heads: int, head_dim: int, device: torch.device | str) -> DevicePlan:
-        made = cls.empty(plan.counts, plan.warps, num_heads, head_dim, device)
-        made.fill(plan)
-        return made
-
-    def fill(self, plan: AttentionPlan) -> None:
-        """Take over another plan of the same sizes: one transfer."""
-        assert plan.counts == self.counts and plan.warps == self.warps, "a plan of other sizes"
-        self.buffer.copy_(torch.from_numpy(plan.buffer), non_blocking=True)
 
 
 def kernels_take(k_cache: Tensor, group: int) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import reference
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_ELEMENTS = {torch.float32: 16_384, torch.float16: 32_768, torch.bfloat16: 32_768}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.precision import accumulation_dtype
 from batchinfer.ops.reference_attention import Piece, pieces_of
 

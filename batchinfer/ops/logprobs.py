@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import reference_logprobs
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.reference_logprobs import LogProbabilities
 from batchinfer.ops.sampling import MOST_TOKENS
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import reference_sampling
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 MOST_TOKENS = 2**19  # of a vocabulary: a thread's share of a search must sum up in 32 bits
 

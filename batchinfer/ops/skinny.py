@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.elementwise import rms_norm, silu_and_mul
-from batchinfer.ops.library import load_kernels
 
 MAX_ROWS = 16  # above, every block's reading of x costs so much that cuBLAS is faster
 MAX_NORM_ROWS = 2  # every block norms all rows for itself: for 4 that costs more than a kernel of its own

@@ -19,7 +19,7 @@ import torch
 
 from batchinfer.ops.attention import DevicePlan, planned_attention
 from batchinfer.ops.attention_plan import AttentionShape, plan_attention, with_tuning
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 BLOCK, DIM = 16, 128
 
@@ -147,7 +147,8 @@ class Inputs:
         k, v = self.cache.transpose(2, 3).unbind(0)
         calls: list[Callable[[], object]] = []
         for table in self.tables:
-            plan = DevicePlan.of(plan_attention(cu, contexts, table, shape), case.heads, case.dim, "cuda")
+            host = plan_attention(cu, contexts, table, shape)
+            plan = DevicePlan.over(host, torch.from_numpy(host.buffer).cuda(), case.heads, case.dim)
             on_device = torch.from_numpy(table).cuda()
 
             def call(table: torch.Tensor = on_device, plan: DevicePlan = plan) -> torch.Tensor:

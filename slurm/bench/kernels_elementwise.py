@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import fused_softmax_attention, reference, reference_attention
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 ROTATED_BYTES, MOST_SETS, LAUNCHES, REPLAYS = 2**28, 64, 64, 7
 HIDDEN, HEADS, DIM, INTERMEDIATE, VOCAB, BLOCK = 4096, 32, 128, 11_008, 32_000, 16

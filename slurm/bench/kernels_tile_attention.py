@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 TILE_ROWS, BLOCK, SEES_ALL = 128, 16, 2**30
 SETS, REPLAYS = 4, 12

@@ -8,7 +8,7 @@ import torch
 
 from batchinfer.ops.attention import DevicePlan, planned_attention
 from batchinfer.ops.attention_plan import AttentionShape, PlanCapacity, plan_attention, with_tuning
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 from tests.ops.attention_cases import AttentionCase, make_case, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -27,7 +27,7 @@ def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int
     shape = AttentionShape(case.block_size, case.q.shape[1], case.k_cache.shape[2], 132, case.window)
     host = plan_attention(case.cu_seqlens_q, case.context_lens, case.block_tables, with_tuning(shape, **tuning), capacity)
     q, k, v, *indices = case.tensors("cuda")
-    plan = DevicePlan.of(host, q.shape[1], q.shape[2], "cuda")
+    plan = DevicePlan.over(host, torch.from_numpy(host.buffer).cuda(), q.shape[1], q.shape[2])
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
     torch.empty(q.shape, dtype=q.dtype, device="cuda").fill_(float("nan"))

@@ -25,7 +25,7 @@ def run(case: AttentionCase, capacity: PlanCapacity | None = None, **tuning: int
     host = plan_attention(case.cu_seqlens_q, case.context_lens, case.block_tables, shape_of(case, **tuning), capacity)
     q, k, v, *indices = case.tensors("cuda")
     assert kernels_take(k, q.shape[1] // k.shape[2]) and kernels_take(v, 1)
-    plan = DevicePlan.of(host, q.shape[1], q.shape[2], "cuda")
+    plan = DevicePlan.over(host, torch.from_numpy(host.buffer).cuda(), q.shape[1], q.shape[2])
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
     torch.empty(q.shape, dtype=q.dtype, device="cuda").fill_(float("nan"))  # what `out` is likely to be made of
@@ -79,7 +79,7 @@ def test_a_graph_replays_other_batches_of_its_capacity() -> None:
     width = max(c.block_tables.shape[1] for c in cases)
     q, k, v, *_ = cases[0].tensors("cuda")
     tables = torch.zeros(len(RAGGED), width, dtype=torch.int32, device="cuda")
-    plan = DevicePlan.of(plans[0], 8, 128, "cuda")
+    plan = DevicePlan.over(plans[0], torch.from_numpy(plans[0].buffer).cuda(), 8, 128)
     graph, warm = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     arguments = (q, k, v, tables, plan, cases[0].scale, None)
     with torch.cuda.stream(warm):
@@ -96,7 +96,7 @@ def test_a_graph_replays_other_batches_of_its_capacity() -> None:
         v[:blocks].copy_(other_v[:blocks])
         tables.zero_()
         tables[:, : other_tables.shape[1]].copy_(other_tables)
-        plan.fill(host)
+        plan.buffer.copy_(torch.from_numpy(host.buffer))
         y.fill_(float("nan"))
         graph.replay()
         assert relative_error(y, case.want()) < CLOSE[torch.bfloat16]

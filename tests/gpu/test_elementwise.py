@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import elementwise, reference
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.ops import fused_softmax_attention, reference_attention
-from batchinfer.ops.library import load_kernels
+from batchinfer.ops.compiled import load_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchinfer.ops.library import PATH, load_kernels
+from batchinfer.ops.compiled import PATH, load_kernels
 from batchinfer.ops.reference_attention import paged_attention
 
 pytestmark = [

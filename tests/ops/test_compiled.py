@@ -11,7 +11,7 @@ import torch
 
 from batchinfer import ops
 from batchinfer.config import ConfigError
-from batchinfer.ops import library
+from batchinfer.ops import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(
@@ -21,19 +21,19 @@ OPS = sorted(
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    library.load_kernels.cache_clear()
+    compiled.load_kernels.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc, so nothing was built")
 def test_every_op_is_in_the_library_and_loads_into_a_cpu_build() -> None:
-    library.load_kernels()
+    compiled.load_kernels()
     assert len(OPS) >= 12
     for name in OPS:
         assert hasattr(torch.ops.batchinfer, name), name
 
 
 def test_missing_kernels_are_an_error_on_a_gpu_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "PATH", tmp_path / "_kernels.so")
+    monkeypatch.setattr(compiled, "PATH", tmp_path / "_kernels.so")
     with pytest.raises(ConfigError, match=r"not built .*--no-build-isolation.* engine.attention_backend=reference"):
         ops.choose_backend("auto", torch.device("cuda"))
     ops.choose_backend("reference", torch.device("cuda"))
@@ -42,12 +42,12 @@ def test_missing_kernels_are_an_error_on_a_gpu_that_names_the_way_out(monkeypatc
 
 def test_a_file_that_is_no_library_is_an_error_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "_kernels.so").write_bytes(b"no library")
-    monkeypatch.setattr(library, "PATH", tmp_path / "_kernels.so")
+    monkeypatch.setattr(compiled, "PATH", tmp_path / "_kernels.so")
     with pytest.raises(ConfigError, match="do not load into PyTorch"):
-        library.load_kernels()
+        compiled.load_kernels()
 
 
 def test_what_runs_on_a_cpu_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "PATH", Path("/nowhere"))
+    monkeypatch.setattr(compiled, "PATH", Path("/nowhere"))
     x = torch.randn(3, 8)
     assert torch.equal(ops.silu_and_mul(x), ops.reference.silu_and_mul(x))
