@@ -153,13 +153,18 @@ class Engine:
             try:
                 forward = self.runner.forward(batch)
             except torch.OutOfMemoryError:
-                self._shrink(scheduled)
-                continue
-            step = Step(batch, forward, self._describe(scheduled))
-            for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
-                self._advance(seq, count, step)
-            return step
+                if scheduled.num_tokens == 1 or not self.runner.can_retry:
+                    raise
+            else:
+                return self._launched(scheduled, batch, forward)
+            self._shrink(scheduled)  # out here no traceback holds the step's tensors any more
         return None
+
+    def _launched(self, scheduled: ScheduledBatch, batch: Batch, forward: Any) -> Step:
+        step = Step(batch, forward, self._describe(scheduled))
+        for seq, count in zip(scheduled.sequences, scheduled.num_scheduled_tokens, strict=True):
+            self._advance(seq, count, step)
+        return step
 
     def _schedule(self) -> ScheduledBatch:
         scheduled = self.scheduler.schedule()
@@ -172,12 +177,10 @@ class Engine:
             self.builder.release(seq)
 
     def _shrink(self, scheduled: ScheduledBatch) -> None:
-        """Go on with smaller steps after one that was out of memory. Raises it again where that cannot help.
+        """Go on with smaller steps after one that was out of memory.
 
         Nothing of the step has happened as far as anybody knows: what it stored in the cache is stored again.
         """
-        if scheduled.num_tokens == 1 or not self.runner.can_retry:
-            raise
         self._release(self.scheduler.shrink(scheduled))
         torch.cuda.empty_cache()
         logger.warning(
