@@ -141,7 +141,10 @@ class EngineConfig:
     max_num_batched_tokens: int = _key(2048, THROUGHPUT, "tokens of one step, prefill and decode together", minimum=1)
     gpu_memory_utilization: float = _key(0.9, THROUGHPUT, "share of the GPU's memory to use", above=0, maximum=1)
     prefix_caching: bool = _key(True, THROUGHPUT, "share the KV of equal prompt beginnings")
-    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured steps of few tokens (on one GPU, where its kernels attend)")
+    cuda_graphs: bool = _key(True, THROUGHPUT, "replay captured steps of few tokens (where our kernels attend)")
+    peer_memory: bool = _key(
+        True, THROUGHPUT, "sum over ranks through memory that GPUs map of each other, where they can; else NCCL"
+    )
     overlap: bool = _key(True, THROUGHPUT, "launch the next step before the tokens of this one are read")
     attention_backend: str = _key(
         "auto",

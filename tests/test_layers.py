@@ -27,7 +27,7 @@ LAYERS = {
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled ops.elementwise "
     "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
-    "ops.logprobs ops.skinny",
+    "ops.logprobs ops.skinny ops.reduce_norm",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs ops.reference_linear",

@@ -32,7 +32,7 @@ from batchinfer.model.config import ModelShape, resolve_dtype
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
 from batchinfer.model.loader import load_weights
-from batchinfer.model.parallel import TensorParallel
+from batchinfer.model.parallel import TensorParallel, connect_peers
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, engine: EngineConfig) -> None:
         """Capture steps of few tokens, where kernels that can be captured compute them."""
-        if not engine.cuda_graphs or self.packer is None or self.parallel.size > 1:  # collectives were not tried in a graph
+        if not engine.cuda_graphs or self.packer is None:
             return
         graphs = CudaGraphs(self._compute_packed, self.packer, self.device)
         max_blocks = -(-self.max_model_len // engine.block_size)
@@ -253,6 +253,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype = getattr(torch, dtype_name)
     ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
+    if config.engine.peer_memory:
+        parallel = connect_peers(parallel, config.engine.max_num_batched_tokens, shape.hidden_size * dtype.itemsize, device)
     weights = f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights"
     with require_fit(weights, device, "raise hw.tensor_parallel, or take a smaller model"):
         model = Decoder(shape, parallel, dtype, device, max_model_len)

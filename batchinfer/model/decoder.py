@@ -40,6 +40,7 @@ class Decoder(nn.Module):
         self, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, device: torch.device, max_model_len: int
     ) -> None:
         super().__init__()
+        self.parallel = parallel
         shape.local_sizes(parallel.size)
         self.embed_tokens = VocabParallel("model.embed_tokens.weight", shape, parallel, dtype, device)
         self.layers = nn.ModuleList(DecoderLayer(i, shape, parallel, dtype, device) for i in range(shape.num_layers))
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, self.cos_sin, positions, attention, kv_cache)
-        normed: Tensor = self.norm(x, residual)[0]
+        normed, _ = self.norm(x, residual) if self.parallel.size == 1 else self.norm.of_sum(x, residual, self.parallel)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class Attention(nn.Module):
             self._heads(f"{name}.k_proj", shape.num_kv_heads, first_kv_head, local.num_kv_heads),
             self._heads(f"{name}.v_proj", shape.num_kv_heads, first_kv_head, local.num_kv_heads),
         ]
-        self.qkv_proj = ColumnParallelLinear(shape.hidden_size, parts, shape.qkv_bias, dtype, device)
+        self.qkv_proj = ColumnParallelLinear(shape.hidden_size, parts, shape.qkv_bias, parallel, dtype, device)
         self.q_norm = self._norm(f"{name}.q_norm.weight", shape, dtype, device)
         self.k_norm = self._norm(f"{name}.k_norm.weight", shape, dtype, device)
         all_heads = shape.num_heads * shape.head_dim
@@ -153,7 +154,7 @@ class GatedMLP(nn.Module):
         total = shape.intermediate_size
         start, stop = parallel.bounds(total, shape.local_sizes(parallel.size).intermediate_size)
         parts = [OutputPart(f"{name}.{part}_proj", total, start, stop) for part in ("gate", "up")]
-        self.gate_up_proj = ColumnParallelLinear(shape.hidden_size, parts, shape.mlp_bias, dtype, device)
+        self.gate_up_proj = ColumnParallelLinear(shape.hidden_size, parts, shape.mlp_bias, parallel, dtype, device)
         size, bias = shape.hidden_size, shape.mlp_bias
         self.down_proj = RowParallelLinear(f"{name}.down_proj", size, total, bias, parallel, dtype, device)
 

@@ -63,10 +63,14 @@ class LinearWeight(nn.Module):
         """x [T, in_features] -> [T, out_features], plus bias [out_features]."""
         raise NotImplementedError
 
+    def gate(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`forward` of a matrix of gate rows, then up rows, with silu(gate) * up behind it: [T, out_features / 2]."""
+        return ops.silu_and_mul(self(x, bias))
+
     def after_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward` of what `norm` makes of x and the residual [T, in_features], and the new residual.
 
-        A format whose product can do the norm within overrides this, and `gate_after_norm`.
+        A format whose product can do the norm or the activation within overrides this, `gate` and `gate_after_norm`.
         """
         normed, residual = norm(x, residual)
         y: Tensor = self(normed, bias)
@@ -75,9 +79,9 @@ class LinearWeight(nn.Module):
     def gate_after_norm(
         self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`after_norm` of a matrix of gate rows, then up rows: silu(gate) * up [T, out_features / 2], and the new residual."""
-        gate_up, residual = self.after_norm(x, residual, norm, bias)
-        return ops.silu_and_mul(gate_up), residual
+        """`gate` of what `norm` makes of x and the residual, and the new residual."""
+        normed, residual = norm(x, residual)
+        return self.gate(normed, bias), residual
 
     def rows(self, name: str, shape: tuple[int, int], start: int, stop: int, at: int) -> Iterator[WeightSlice]:
         """Rows start to stop of checkpoint matrix `name`, to be held from row `at` on."""
@@ -97,6 +101,9 @@ class PlainWeight(LinearWeight):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.linear(x, self.weight, bias)
+
+    def gate(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.linear_silu(x, self.weight, bias)
 
     def after_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.norm_linear(x, residual, norm.weight, norm.eps, self.weight, bias)
@@ -124,24 +131,39 @@ class OutputPart:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Several linear layers over one normed input, fused into one matrix product. Each rank computes its rows of each."""
+    """Several linear layers over one normed input, fused into one matrix product. Each rank computes its rows of each.
+
+    x is what a row-parallel layer or the embedding gave: of several ranks, summands.
+    """
 
     def __init__(
-        self, in_features: int, parts: Sequence[OutputPart], bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        parts: Sequence[OutputPart],
+        bias: bool,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.in_features, self.parts = in_features, parts
+        self.in_features, self.parts, self.parallel = in_features, parts, parallel
         self.sizes = [part.stop - part.start for part in parts]
         self.weight = PlainWeight(sum(self.sizes), in_features, dtype, device)
         self.bias = _parameter(sum(self.sizes), dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The norm in front of the layer, then the layer: (x, residual) -> (y, new residual)."""
-        return self.weight.after_norm(x, residual, norm, self.bias)
+        if self.parallel.size == 1:
+            return self.weight.after_norm(x, residual, norm, self.bias)
+        normed, residual = norm.of_sum(x, residual, self.parallel)
+        return self.weight(normed, self.bias), residual
 
     def gate(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The same for a layer whose two parts are gate and up, with their activation behind it."""
-        return self.weight.gate_after_norm(x, residual, norm, self.bias)
+        if self.parallel.size == 1:
+            return self.weight.gate_after_norm(x, residual, norm, self.bias)
+        normed, residual = norm.of_sum(x, residual, self.parallel)
+        return self.weight.gate(normed, self.bias), residual
 
     def slices(self) -> Iterator[WeightSlice]:
         at = 0
@@ -155,7 +177,7 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are split: every rank multiplies its columns, and the sum over ranks is the result.
 
-    Each rank holds the whole bias and adds it to the sum, so that it counts once.
+    A rank gives its summand: the norm that comes next sums. Each holds the bias; the first one's summand has it in it.
     """
 
     def __init__(
@@ -169,17 +191,14 @@ class RowParallelLinear(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.name, self.shape, self.parallel = name, (out_features, in_features), parallel
+        self.name, self.shape, self.adds_bias = name, (out_features, in_features), parallel.rank == 0
         self.start, self.stop = parallel.bounds(in_features, in_features // parallel.size)
         self.weight = PlainWeight(out_features, self.stop - self.start, dtype, device)
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            y: Tensor = self.weight(x, self.bias)
-            return y
-        total = self.parallel.all_reduce(self.weight(x))
-        return total if self.bias is None else total.add_(self.bias)
+        y: Tensor = self.weight(x, self.bias if self.adds_bias else None)
+        return y
 
     def slices(self) -> Iterator[WeightSlice]:
         yield from self.weight.columns(self.name, self.shape, self.start, self.stop)
@@ -202,8 +221,8 @@ class VocabParallel(nn.Module):
         self.weight = _parameter(local, shape.hidden_size, dtype=dtype, device=device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, hidden_size], the same on every rank."""
-        return self.parallel.all_reduce(ops.embedding(token_ids, self.weight, self.start, self.stop))
+        """[T] -> [T, hidden_size]: this rank's summand, which is zero for tokens of others."""
+        return ops.embedding(token_ids, self.weight, self.start, self.stop)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden_size] -> [S, vocab_size], the same on every rank."""
@@ -227,6 +246,10 @@ class RMSNorm(nn.Module):
             normed = ops.rms_norm(x, self.weight, self.eps)
             return normed, x  # type: ignore[return-value]  # a tensor, since no residual was given
         return ops.rms_norm(x, self.weight, self.eps, residual)  # type: ignore[return-value]  # a pair, since one was
+
+    def of_sum(self, x: Tensor, residual: Tensor | None, parallel: TensorParallel) -> tuple[Tensor, Tensor]:
+        """`forward` of the sum of all ranks' x."""
+        return parallel.reduce_norm(x, residual, self.weight, self.eps)
 
     def slices(self) -> Iterator[WeightSlice]:
         size = self.weight.shape[0]

@@ -22,15 +22,24 @@ from batchinfer.ops import (
 from batchinfer.ops.attention import DevicePlan
 from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, PlanTooLarge, empty_plan, plan_attention
 from batchinfer.ops.compiled import load_kernels
+from batchinfer.ops.reduce_norm import RANKS as PEER_RANKS
+from batchinfer.ops.reduce_norm import PeerMemory, reduce_norm
+from batchinfer.ops.reduce_norm import allocate as allocate_peer_memory
+from batchinfer.ops.reduce_norm import capacities as peer_capacities
+from batchinfer.ops.reduce_norm import handle_of as peer_handle
+from batchinfer.ops.reduce_norm import map_handle as map_peer
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
 __all__ = [
+    "PEER_RANKS",
     "AttentionPlan",
     "AttentionShape",
     "DevicePlan",
     "LogProbabilities",
+    "PeerMemory",
     "PlanCapacity",
     "PlanTooLarge",
+    "allocate_peer_memory",
     "apply_penalties",
     "apply_token_bitmask",
     "attention_takes",
@@ -41,12 +50,17 @@ __all__ = [
     "feed_tokens",
     "greedy",
     "linear",
+    "linear_silu",
     "log_probabilities",
+    "map_peer",
     "norm_linear",
     "norm_linear_silu",
     "paged_attention",
+    "peer_capacities",
+    "peer_handle",
     "plan_attention",
     "planned_attention",
+    "reduce_norm",
     "rms_norm",
     "rope_and_cache",
     "sample",
@@ -104,6 +118,10 @@ def feed_tokens(token_ids: Tensor, last_tokens: Tensor, slot_mapping: Tensor, to
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (skinny if _by_kernels(x) else reference_linear).linear(x, weight, bias)
+
+
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (skinny if _by_kernels(x) else reference_linear).linear_silu(x, weight, bias)
 
 
 def norm_linear(

@@ -13,6 +13,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, then `silu_and_mul`: weight [2I, K] holds gate rows, then up rows. Returns [T, I]."""
+    return silu_and_mul(linear(x, weight, bias))
+
+
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -24,9 +29,9 @@ def norm_linear(
 def norm_linear_silu(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`norm_linear`, then `silu_and_mul`: weight [2I, K] holds gate rows, then up rows. Returns [T, I] and the new residual."""
-    gate_up, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-    return silu_and_mul(gate_up), residual
+    """`rms_norm` of x (plus residual), then `linear_silu`. Returns [T, I] and the new residual."""
+    normed, residual = _norm(x, residual, norm_weight, eps)
+    return linear_silu(normed, weight, bias), residual
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

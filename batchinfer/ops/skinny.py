@@ -29,6 +29,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, then `silu_and_mul`: weight [2I, K] holds gate rows, then up rows. Returns [T, I]."""
+    if not is_skinny(x, weight):
+        return silu_and_mul(linear(x, weight, bias))
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    _launch(out, x, weight, bias, silu=True)
+    return out
+
+
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,16 +52,12 @@ def norm_linear(
 def norm_linear_silu(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`norm_linear`, then `silu_and_mul`: weight [2I, K] holds gate rows, then up rows. Returns [T, I] and the new residual."""
-    if not is_skinny(x, weight):
-        gate_up, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-        return silu_and_mul(gate_up), residual
+    """`rms_norm` of x (plus residual), then `linear_silu`. Returns [T, I] and the new residual."""
+    if not norms_inside(x, weight):
+        normed, residual = norm(x, residual, norm_weight, eps)
+        return linear_silu(normed, weight, bias), residual
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    if norms_inside(x, weight):
-        return out, _launch_normed(out, x, residual, norm_weight, eps, weight, bias, silu=True)
-    normed, residual = norm(x, residual, norm_weight, eps)
-    _launch(out, normed, weight, bias, silu=True)
-    return out, residual
+    return out, _launch_normed(out, x, residual, norm_weight, eps, weight, bias, silu=True)
 
 
 def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,120 @@
+"""The sum over ranks with its norm against plain torch: both ways, odd sizes, mixed calls, graphs in any order, equal bits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from batchinfer import ops
+from batchinfer.model.parallel import TensorParallel, connect_peers
+from batchinfer.ops import reference
+from tests.gpu.ranks import run_ranks, sizes
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not sizes(), reason="fewer than two CUDA GPUs")]
+
+EPS = 1e-5
+MAX_ROWS = 2048
+
+
+def summand(seed: int, rank: int, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """With zeros of both signs in it, since those are what an empty slot holds."""
+    made = torch.randn(rows, size, generator=torch.Generator().manual_seed(1000 * seed + rank))
+    made[torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)) < 0.1] = -0.0
+    return made.to(device, dtype)
+
+
+def parts_of(rank: int, ranks: int, rows: int, pushed: bool) -> slice:
+    """The rows whose residual this rank keeps up."""
+    each = rows if pushed else -(-rows // ranks)
+    return slice(0, rows) if pushed else slice(min(rank * each, rows), min((rank + 1) * each, rows))
+
+
+def compare(parallel: TensorParallel, device: torch.device, seed: int, rows: int, size: int, dtype: torch.dtype) -> None:
+    """Two sums in a row, the second onto the residual of the first."""
+    weight = summand(seed + 1, 99, 1, size, dtype, device)[0]
+    residual = exact_residual = None
+    assert parallel.peers is not None
+    for call in range(2):
+        every = [summand(seed + call, rank, rows, size, dtype, device) for rank in range(parallel.size)]
+        x = every[parallel.rank]
+        assert parallel.peers.takes(x)
+        y, residual = parallel.reduce_norm(x, residual, weight, EPS)
+        exact = sum(part.double() for part in every) + (0 if exact_residual is None else exact_residual.double())
+        kept = parts_of(parallel.rank, parallel.size, rows, x.nbytes <= parallel.peers.push_bytes)
+        eps = torch.finfo(dtype).eps
+        assert isinstance(exact, Tensor)
+        torch.testing.assert_close(residual[kept].double(), exact[kept], rtol=eps, atol=eps * 1e-2)
+        exact_residual = exact.to(dtype)
+        normed = reference.rms_norm(exact_residual.double(), weight.double(), EPS)
+        torch.testing.assert_close(y.double(), normed, rtol=4 * eps, atol=8 * eps)
+        others = [torch.empty_like(y) for _ in range(parallel.size)]
+        dist.all_gather(others, y.clone())
+        assert all(torch.equal(other, y) for other in others), "ranks hold different bits"
+
+
+def shapes_and_types(parallel: TensorParallel, device: torch.device) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size in (64, 200, 4096, 5120, 8192):
+            row_bytes = size * dtype.itemsize
+            connected = connect_peers(parallel, MAX_ROWS, row_bytes, device)
+            assert connected.peers is not None
+            largest_pushed = connected.peers.push_bytes // row_bytes
+            for rows in (1, 2, 3, 7, 133, 512, MAX_ROWS, min(largest_pushed, MAX_ROWS), min(largest_pushed + 1, MAX_ROWS)):
+                compare(connected, device, rows, rows, size, dtype)
+
+
+def without_peers(parallel: TensorParallel, device: torch.device) -> None:
+    """NCCL's sum gives the same up to its rounding."""
+    x = summand(1, parallel.rank, 33, 512, torch.float32, device)
+    connected = connect_peers(parallel, 64, 2048, device)
+    weight = torch.ones(512, device=device)
+    ours, total = connected.reduce_norm(x, None, weight, EPS)
+    plain, plain_total = parallel.reduce_norm(x.clone(), None, weight, EPS)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(total, plain_total)
+    assert not connected.peers.takes(torch.empty(65, 512, device=device)), "it was made for 64 rows"  # type: ignore[union-attr]
+    assert not connected.peers.takes(torch.empty(4, 511, device=device, dtype=torch.float64))  # type: ignore[union-attr]
+
+
+def graphs_in_any_order(parallel: TensorParallel, device: torch.device) -> None:
+    """Calls of all sizes are captured, then replayed as they come, with plain calls in between."""
+    dtype, size = torch.bfloat16, 4096
+    connected = connect_peers(parallel, MAX_ROWS, size * dtype.itemsize, device)
+    weight = torch.ones(size, device=device, dtype=dtype)
+    captured = {}
+    for rows in (1, 2, 16, 256, 1000, 2000):
+        x = torch.zeros(rows, size, device=device, dtype=dtype)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y, residual = connected.reduce_norm(x, None, weight, EPS)
+            z, _ = connected.reduce_norm(y.clone(), residual, weight, EPS)
+            out = z.clone()
+        captured[rows] = (graph, x, out)
+    shuffled = random.Random(0)
+    for turn in range(300):
+        rows = shuffled.choice(list(captured))
+        every = [summand(turn, rank, rows, size, dtype, device) for rank in range(parallel.size)]
+        graph, x, out = captured[rows]
+        x.copy_(every[parallel.rank])
+        out.fill_(torch.nan)
+        graph.replay()
+        total = sum(part.float() for part in every).to(dtype)  # type: ignore[union-attr]
+        first = reference.rms_norm(total, weight, EPS)
+        exact, _ = reference.rms_norm(first * parallel.size, weight, EPS, total)
+        torch.testing.assert_close(out, exact, rtol=3e-2, atol=3e-2)
+        if turn % 7 == 0:
+            compare(connected, device, turn, turn % 40 + 1, size, dtype)
+
+
+@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("work", [shapes_and_types, without_peers, graphs_in_any_order])
+def test_on_ranks(size: int, work: object) -> None:
+    run_ranks(size, work)  # type: ignore[arg-type]
+
+
+def test_capacities() -> None:
+    assert ops.peer_capacities(2, 16, 8192) == (16 * 8192, 16 * 8192)
