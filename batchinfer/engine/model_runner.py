@@ -32,7 +32,8 @@ from batchinfer.model.config import ModelShape, resolve_dtype
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
 from batchinfer.model.loader import load_weights
-from batchinfer.model.parallel import TensorParallel, connect_peers
+from batchinfer.model.parallel import TensorParallel
+from batchinfer.model.peers import connect
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +254,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype = getattr(torch, dtype_name)
     ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
-    if config.engine.peer_memory:
-        parallel = connect_peers(parallel, config.engine.max_num_batched_tokens, shape.hidden_size * dtype.itemsize, device)
+    max_rows, row_bytes = config.engine.max_num_batched_tokens, shape.hidden_size * dtype.itemsize
+    parallel = connect(parallel, max_rows, row_bytes, device, config.engine.peer_memory)
     weights = f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights"
     with require_fit(weights, device, "raise hw.tensor_parallel, or take a smaller model"):
         model = Decoder(shape, parallel, dtype, device, max_model_len)

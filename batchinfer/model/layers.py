@@ -63,6 +63,10 @@ class LinearWeight(nn.Module):
         """x [T, in_features] -> [T, out_features], plus bias [out_features]."""
         raise NotImplementedError
 
+    def into(self, out: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """`forward` of many rows, into `out` [T, out_features]."""
+        raise NotImplementedError
+
     def gate(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`forward` of a matrix of gate rows, then up rows, with silu(gate) * up behind it: [T, out_features / 2]."""
         return ops.silu_and_mul(self(x, bias))
@@ -101,6 +105,12 @@ class PlainWeight(LinearWeight):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.linear(x, self.weight, bias)
+
+    def into(self, out: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        if bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, self.weight.t(), out=out)
 
     def gate(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.linear_silu(x, self.weight, bias)
@@ -155,6 +165,8 @@ class ColumnParallelLinear(nn.Module):
         """The norm in front of the layer, then the layer: (x, residual) -> (y, new residual)."""
         if self.parallel.size == 1:
             return self.weight.after_norm(x, residual, norm, self.bias)
+        if len(self.parallel.pieces(len(x))) > 1:
+            return self._in_pieces(x, residual, norm)
         normed, residual = norm.of_sum(x, residual, self.parallel)
         return self.weight(normed, self.bias), residual
 
@@ -162,8 +174,20 @@ class ColumnParallelLinear(nn.Module):
         """The same for a layer whose two parts are gate and up, with their activation behind it."""
         if self.parallel.size == 1:
             return self.weight.gate_after_norm(x, residual, norm, self.bias)
+        if len(self.parallel.pieces(len(x))) > 1:
+            gate_up, residual = self._in_pieces(x, residual, norm)
+            return ops.silu_and_mul(gate_up), residual
         normed, residual = norm.of_sum(x, residual, self.parallel)
         return self.weight.gate(normed, self.bias), residual
+
+    def _in_pieces(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """`forward` in which the product of one piece runs beside the sum of the next."""
+        y = x.new_empty(len(x), sum(self.sizes))
+        normed, residual = self.parallel.start_sums(x, residual, norm.weight, norm.eps)
+        for index, piece in enumerate(self.parallel.pieces(len(x))):
+            self.parallel.await_sum(index)
+            self.weight.into(y[piece], normed[index], self.bias)
+        return y, residual
 
     def slices(self) -> Iterator[WeightSlice]:
         at = 0
@@ -191,13 +215,20 @@ class RowParallelLinear(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.name, self.shape, self.adds_bias = name, (out_features, in_features), parallel.rank == 0
+        self.name, self.shape, self.parallel, self.adds_bias = name, (out_features, in_features), parallel, parallel.rank == 0
         self.start, self.stop = parallel.bounds(in_features, in_features // parallel.size)
         self.weight = PlainWeight(out_features, self.stop - self.start, dtype, device)
         self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.weight(x, self.bias if self.adds_bias else None)
+        bias, pieces = self.bias if self.adds_bias else None, self.parallel.pieces(len(x))
+        if len(pieces) == 1:
+            y: Tensor = self.weight(x, bias)
+            return y
+        y = x.new_empty(len(x), self.shape[0])
+        for index, piece in enumerate(pieces):
+            self.weight.into(y[piece], x[piece], bias)
+            self.parallel.give(index)
         return y
 
     def slices(self) -> Iterator[WeightSlice]:
@@ -222,7 +253,11 @@ class VocabParallel(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden_size]: this rank's summand, which is zero for tokens of others."""
-        return ops.embedding(token_ids, self.weight, self.start, self.stop)
+        summand = ops.embedding(token_ids, self.weight, self.start, self.stop)
+        if len(pieces := self.parallel.pieces(len(summand))) > 1:
+            for index in range(len(pieces)):
+                self.parallel.give(index)
+        return summand
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden_size] -> [S, vocab_size], the same on every rank."""

@@ -6,23 +6,32 @@ can map each other's memory sum through it; all others, and what is not made for
 
 from __future__ import annotations
 
-import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from batchinfer import ops
-from batchinfer.job.process import boot_id
-
-logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of a step, or of the slowest rank's loading
 HOST_TIMEOUT = timedelta(days=7)  # ranks wait for the next batch as long as rank 0 waits for rows
+
+PIECES = 2
+OVERLAP_ROWS = 1024  # from here on a sum takes longer than products lose by being cut in pieces
+OVERLAP_BLOCKS = 32  # of a sum beside a product: enough for the rate of the link
+
+
+class Overlap:
+    """A stream on which pieces of sums run beside the products that give summands and take sums, and the events between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)  # a product would not let it in before it ends
+        self.given = [torch.cuda.Event() for _ in range(PIECES)]
+        self.summed = [torch.cuda.Event() for _ in range(PIECES)]
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,9 @@ class TensorParallel:
     """This process's place among the ranks that share a model. The default is a model of one rank.
 
     `group` carries tensors on the device, `host_group` (gloo) carries batches between hosts without a wait on the GPU, `peers`
-    is memory that the ranks' GPUs map of each other.
+    is memory that the ranks' GPUs map of each other. With `overlap`, sums of many rows are cut in pieces: who has launched the
+    summands of a piece says so (`give`), the norm that comes next begins with all of them (`start_sums`), and who goes on with
+    a piece waits for it (`await_sum`).
     """
 
     rank: int = 0
@@ -38,18 +49,68 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
     host_group: dist.ProcessGroup | None = None
     peers: ops.PeerMemory | None = None
+    overlap: Overlap | None = None
 
     def reduce_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMSNorm of the sum of all ranks' x [T, D], plus residual, the same to the bit on every rank; and the new residual.
 
         The normed rows hold until the next call, and residuals are only good for calls with as many rows.
         """
+        if len(self.pieces(len(x))) > 1:
+            normed, total = self.start_sums(x, residual, weight, eps)
+            for index in range(PIECES):
+                self.await_sum(index)
+            return torch.cat(normed), total
         if self.peers is not None and self.peers.takes(x):
             return ops.reduce_norm(self.peers, x, residual, weight, eps)
         total = self.all_reduce(x)
         if residual is None:
             return ops.rms_norm(total, weight, eps), total  # type: ignore[return-value]  # a tensor, since no residual was given
         return ops.rms_norm(total, weight, eps, residual)  # type: ignore[return-value]  # a pair, since one was
+
+    def pieces(self, rows: int) -> list[slice]:
+        """What sums of so many rows are cut into. Depends on nothing else, so ranks and layers agree."""
+        if self.overlap is None or rows < OVERLAP_ROWS:
+            return [slice(0, rows)]
+        bounds = [rows * i // PIECES for i in range(PIECES + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+    def give(self, index: int) -> None:
+        """All work that makes the summands of a piece has been launched."""
+        assert self.overlap is not None
+        self.overlap.given[index].record()
+
+    def start_sums(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+        """`reduce_norm` piece by piece, on the stream of `overlap`: the normed pieces, and the new residual.
+
+        What is allocated here belongs to that stream: whatever had the memory before has ended when the first piece is given.
+        """
+        overlap = self.overlap
+        assert overlap is not None
+        with torch.cuda.stream(overlap.stream):
+            total, normed = torch.empty_like(x), []
+            for index, piece in enumerate(self.pieces(len(x))):
+                overlap.given[index].wait()
+                before = None if residual is None else residual[piece]
+                normed.append(self._sum_piece(x, piece, before, weight, eps, total[piece]))
+                overlap.summed[index].record()
+        return normed, total
+
+    def _sum_piece(self, x: Tensor, piece: slice, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor) -> Tensor:
+        if self.peers is not None and self.peers.takes(x):
+            y = self.peers.y(x)[piece]
+            ops.split_reduce_norm(self.peers, y, total, x[piece], residual, weight, eps, OVERLAP_BLOCKS)
+            return y
+        dist.all_reduce(x[piece], group=self.group)
+        torch.add(x[piece], residual, out=total) if residual is not None else total.copy_(x[piece])
+        normed = ops.rms_norm(total, weight, eps)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def await_sum(self, index: int) -> None:
+        """What is launched from here on may use the piece."""
+        assert self.overlap is not None
+        self.overlap.summed[index].wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in place. The order of summation is the same on every rank."""
@@ -88,56 +149,3 @@ def init_distributed(device: torch.device) -> TensorParallel:
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu else None)
     host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     return TensorParallel(dist.get_rank(), size, dist.group.WORLD, host_group)
-
-
-def connect_peers(parallel: TensorParallel, max_rows: int, row_bytes: int, device: torch.device) -> TensorParallel:
-    """With memory that the ranks' GPUs have in common, for sums of up to `max_rows` rows. All ranks call this together.
-
-    As it was where a GPU cannot, and the log says why.
-    """
-    if parallel.size == 1 or device.type != "cuda":
-        return parallel
-    obstacles = [told for told in _gather(parallel, _obstacle(parallel, device)) if told]
-    if not obstacles:
-        memory, y_offset = ops.allocate_peer_memory(parallel.size, max_rows, row_bytes, device)
-        torch.cuda.synchronize(device)
-        handles = _gather(parallel, ops.peer_handle(memory))
-        addresses, refusal = _map(handles, memory, parallel.rank, device)
-        obstacles = [told for told in _gather(parallel, refusal) if told]
-    if obstacles:
-        if parallel.rank == 0:
-            logger.warning(
-                "ranks sum through NCCL alone, not through each other's memory: %s", "; ".join(dict.fromkeys(obstacles))
-            )
-        return parallel
-    capacities = ops.peer_capacities(parallel.size, max_rows, row_bytes)
-    return replace(parallel, peers=ops.PeerMemory(parallel.rank, memory, torch.tensor(addresses), y_offset, *capacities))
-
-
-def _gather(parallel: TensorParallel, what: Any) -> list[Any]:
-    """What every rank has to say, in their order."""
-    told = [None] * parallel.size
-    dist.all_gather_object(told, what, group=parallel.host_group)
-    return told
-
-
-def _obstacle(parallel: TensorParallel, device: torch.device) -> str:
-    """Why this rank's GPU cannot have memory in common with the others'; empty: it can."""
-    hosts = _gather(parallel, boot_id())
-    if len(set(hosts)) > 1:
-        return "they are on several hosts"
-    if parallel.size not in ops.PEER_RANKS:
-        return f"there are {parallel.size} of them, and not {', '.join(map(str, ops.PEER_RANKS))}"
-    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
-        return "NCCL_P2P_DISABLE is set"
-    others = [index for index in _gather(parallel, device.index) if index != device.index]
-    refused = [index for index in others if not torch.cuda.can_device_access_peer(device.index, index)]
-    return f"GPU {device.index} cannot reach the memory of GPU {refused[0]}" if refused else ""
-
-
-def _map(handles: list[Tensor], own: Tensor, rank: int, device: torch.device) -> tuple[list[int], str]:
-    """Addresses of all ranks' memory, or why one cannot be mapped."""
-    try:
-        return [own.data_ptr() if i == rank else ops.map_peer(handle, device) for i, handle in enumerate(handles)], ""
-    except RuntimeError as error:
-        return [], f"rank {rank}: {error}"

@@ -22,12 +22,13 @@ from batchinfer.ops import (
 from batchinfer.ops.attention import DevicePlan
 from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, PlanTooLarge, empty_plan, plan_attention
 from batchinfer.ops.compiled import load_kernels
-from batchinfer.ops.reduce_norm import RANKS as PEER_RANKS
-from batchinfer.ops.reduce_norm import PeerMemory, reduce_norm
-from batchinfer.ops.reduce_norm import allocate as allocate_peer_memory
-from batchinfer.ops.reduce_norm import capacities as peer_capacities
-from batchinfer.ops.reduce_norm import handle_of as peer_handle
-from batchinfer.ops.reduce_norm import map_handle as map_peer
+from batchinfer.ops.peer_memory import RANKS as PEER_RANKS
+from batchinfer.ops.peer_memory import PeerMemory, reduce_norm
+from batchinfer.ops.peer_memory import allocate as allocate_peer_memory
+from batchinfer.ops.peer_memory import capacities as peer_capacities
+from batchinfer.ops.peer_memory import handle_of as peer_handle
+from batchinfer.ops.peer_memory import map_handle as map_peer
+from batchinfer.ops.peer_memory import split_into as split_reduce_norm
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "silu_and_mul",
+    "split_reduce_norm",
 ]
 
 _backend = "auto"  # of this process

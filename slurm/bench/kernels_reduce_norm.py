@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from batchinfer import ops
-from batchinfer.model.parallel import TensorParallel, connect_peers, init_distributed
-from batchinfer.ops import reduce_norm
+from batchinfer.model.parallel import TensorParallel, init_distributed
+from batchinfer.model.peers import connect
+from batchinfer.ops import peer_memory
 
 CALLS, REPLAYS, EPS = 40, 9, 1e-5
 LINK_BYTES_PER_US = 450e3  # NVLink 4, one way: 18 links of 25 GB/s (NVIDIA H100 whitepaper)
@@ -60,9 +62,9 @@ def ways(
         "norm": lambda: ops.rms_norm(x, weight, EPS, residual),
     }
     if x.nbytes <= peers.push_bytes:
-        found["push"] = lambda: reduce_norm.push(peers, x, residual, weight, EPS)
+        found["push"] = lambda: peer_memory.push(peers, x, residual, weight, EPS)
     for blocks in (16, 32, 64, 256):
-        found[f"split {blocks}"] = lambda blocks=blocks: reduce_norm.split(peers, x, residual, weight, EPS, blocks)  # type: ignore[misc]
+        found[f"split {blocks}"] = partial(peer_memory.split_into, peers, peers.y(x), residual, x, residual, weight, EPS, blocks)
     return found
 
 
@@ -74,8 +76,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     plain = init_distributed(device)
-    reduce_norm.PUSH_BYTES = dict.fromkeys(reduce_norm.RANKS, 32 << 20)  # every size both ways
-    parallel = connect_peers(plain, max(args.rows), 2 * args.size, device)
+    peer_memory.PUSH_BYTES = dict.fromkeys(peer_memory.RANKS, 32 << 20)  # every size both ways
+    parallel = connect(plain, max(args.rows), 2 * args.size, device)
     weight = torch.ones(args.size, device=device, dtype=torch.bfloat16)
     header: list[str] = []
     for rows in args.rows:

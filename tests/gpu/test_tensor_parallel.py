@@ -1,6 +1,6 @@
 """Several GPUs give what one gives: the same tokens in float32, and log-probabilities as near to exact ones in bfloat16.
 
-Summed through each other's memory, and by NCCL; step by step and in CUDA graphs.
+Summed through each other's memory, and by NCCL; kernel by kernel, in CUDA graphs, and in pieces beside the products.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def test_tokens_are_those_of_one_gpu(folder: Path, size: int, peer_memory: bool)
 
 
 @pytest.mark.parametrize("size", sizes())
-@pytest.mark.parametrize("engine", [{}, {"peer_memory": False}, {"cuda_graphs": False, "overlap": False}])
+@pytest.mark.parametrize(
+    "engine", [{}, {"peer_memory": False}, {"cuda_graphs": False, "overlap": False}, {"max_num_batched_tokens": 2048}]
+)
 def test_log_probabilities_are_as_near_as_those_of_one_gpu(folder: Path, size: int, engine: dict[str, object]) -> None:
     asked = requests()
     by_one = distance(folder, asked, run(engine_of(folder, "bfloat16"), asked))

@@ -1,4 +1,4 @@
-"""The sum over ranks, residual add and norm on GPUs that map each other's memory: one kernel in place of three.
+"""Memory that GPUs map of each other, and what is done through it: the sum over ranks, residual add and norm in one kernel.
 
 Few rows are pushed: everybody sends its summands to all and sums by itself, which takes one way over the link. Of many rows each
 rank sums and norms a part, and sends that to all; a residual is then only kept up by the rank whose part it is in, which
@@ -83,13 +83,25 @@ def push(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, 
     return y, total
 
 
-def split(
-    peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, max_blocks: int = ALL_BLOCKS
-) -> tuple[Tensor, Tensor]:
-    """The way of many rows. `max_blocks`: how much of the device to take, when something else runs beside it."""
+def split(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The way of many rows."""
     y, total = peers.y(x), torch.empty_like(x)
-    _launch(peers, y, total, x, residual, weight, eps, max_blocks)
+    split_into(peers, y, total, x, residual, weight, eps, ALL_BLOCKS)
     return y, total
+
+
+def split_into(
+    peers: PeerMemory,
+    y: Tensor,
+    total: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    max_blocks: int,
+) -> None:
+    """`split` of some rows of a step: y is those rows of `peers.y`. `max_blocks`: how much of the device to take."""
+    _launch(peers, y, total, x, residual, weight, eps, max_blocks)
 
 
 def _launch(
