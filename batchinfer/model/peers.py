@@ -1,4 +1,4 @@
-"""How the GPUs of a replica's ranks come to have memory in common: who can, the exchange of handles, and what is said where not."""
+"""How the GPUs of a replica's ranks come to have memory in common: who can, how they exchange it, what is said where they cannot."""
 
 from __future__ import annotations
 

@@ -28,10 +28,25 @@ def summand(seed: int, rank: int, rows: int, size: int, dtype: torch.dtype, devi
     return made.to(device, dtype)
 
 
-def parts_of(rank: int, ranks: int, rows: int, pushed: bool) -> slice:
+def kept_rows(parallel: TensorParallel, x: Tensor) -> list[int]:
     """The rows whose residual this rank keeps up."""
-    each = rows if pushed else -(-rows // ranks)
-    return slice(0, rows) if pushed else slice(min(rank * each, rows), min((rank + 1) * each, rows))
+    assert parallel.peers is not None
+    pieces = parallel.pieces(len(x))
+    if len(pieces) == 1 and x.nbytes <= parallel.peers.push_bytes:
+        return list(range(len(x)))
+    kept: list[int] = []
+    for piece in pieces:
+        rows = range(len(x))[piece]
+        each = -(-len(rows) // parallel.size)
+        kept += rows[parallel.rank * each : (parallel.rank + 1) * each]
+    return kept
+
+
+def reduce(parallel: TensorParallel, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if len(pieces := parallel.pieces(len(x))) > 1:
+        for index in range(len(pieces)):
+            parallel.give(index)
+    return parallel.reduce_norm(x, residual, weight, EPS)
 
 
 def compare(parallel: TensorParallel, device: torch.device, seed: int, rows: int, size: int, dtype: torch.dtype) -> None:
@@ -43,9 +58,9 @@ def compare(parallel: TensorParallel, device: torch.device, seed: int, rows: int
         every = [summand(seed + call, rank, rows, size, dtype, device) for rank in range(parallel.size)]
         x = every[parallel.rank]
         assert parallel.peers.takes(x)
-        y, residual = parallel.reduce_norm(x, residual, weight, EPS)
+        y, residual = reduce(parallel, x, residual, weight)
         exact = sum(part.double() for part in every) + (0 if exact_residual is None else exact_residual.double())
-        kept = parts_of(parallel.rank, parallel.size, rows, x.nbytes <= parallel.peers.push_bytes)
+        kept = kept_rows(parallel, x)
         eps = torch.finfo(dtype).eps
         assert isinstance(exact, Tensor)
         torch.testing.assert_close(
@@ -93,8 +108,8 @@ def graphs_in_any_order(parallel: TensorParallel, device: torch.device) -> None:
         x = torch.zeros(rows, size, device=device, dtype=dtype)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            y, residual = connected.reduce_norm(x, None, weight, EPS)
-            z, _ = connected.reduce_norm(y.clone(), residual, weight, EPS)
+            y, residual = reduce(connected, x, None, weight)
+            z, _ = reduce(connected, y.clone(), residual, weight)
             out = z.clone()
         captured[rows] = (graph, x, out)
     shuffled = random.Random(0)
