@@ -1,4 +1,4 @@
-"""How the GPUs of a replica's ranks come to have memory in common: who can, how they exchange it, what is said where they cannot."""
+"""How the GPUs of a replica's ranks come to have memory in common: who can, how they exchange it, what is said where not."""
 
 from __future__ import annotations
 
