@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "common/tensor.h"
@@ -73,31 +74,45 @@ void require_rows(const Tensor& tensor, const Tensor& like, const char* sentence
           sentence);
 }
 
-// max_blocks 0: pushed; else split over so many blocks.
-void reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                    double eps, const Tensor& addresses, int64_t rank, int64_t push_capacity, int64_t split_capacity,
-                    int64_t max_blocks) {
+ReduceNorm checked(const Tensor& y, const Tensor& total, const Tensor& x, const std::optional<Tensor>& residual,
+                   const Tensor& weight, double eps, int64_t capacity) {
   require(x.dim() == 2 && x.is_contiguous() && in_vectors(x), "reduce_norm: x must be [T, D], dense, its rows on 16 bytes");
   require_rows(y, x, "reduce_norm: y must be like x");
   require_rows(total, x, "reduce_norm: total must be like x");
   if (residual.has_value()) require_rows(*residual, x, "reduce_norm: residual must be like x");
   require(weight.dim() == 1 && weight.size(0) == x.size(1) && weight.scalar_type() == x.scalar_type() && in_vectors(weight),
           "reduce_norm: weight must be [D] of x's element type");
-  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
-  require(bytes <= (max_blocks ? split_capacity : push_capacity), "reduce_norm: x is larger than the peer memory is made for");
-  const Peers peers = peers_of(addresses, rank, push_capacity, split_capacity);
-  const ReduceNorm norm = {y.data_ptr(),
-                           total.data_ptr(),
-                           x.data_ptr(),
-                           residual.has_value() ? residual->data_ptr() : nullptr,
-                           weight.data_ptr(),
-                           static_cast<int>(x.size(0)),
-                           static_cast<int>(x.size(1)),
-                           static_cast<float>(eps)};
-  if (max_blocks == 0)
-    push_reduce_norm(norm, peers, dtype_of(x), Stream(x));
-  else
-    split_reduce_norm(norm, peers, max_blocks, dtype_of(x), Stream(x));
+  require(x.numel() * static_cast<int64_t>(x.element_size()) <= capacity, "reduce_norm: x is larger than the peer memory is made for");
+  return {y.data_ptr(),
+          total.data_ptr(),
+          x.data_ptr(),
+          residual.has_value() ? residual->data_ptr() : nullptr,
+          weight.data_ptr(),
+          static_cast<int>(x.size(0)),
+          static_cast<int>(x.size(1)),
+          static_cast<float>(eps)};
+}
+
+void push_reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                         double eps, const Tensor& addresses, int64_t rank, int64_t push_capacity, int64_t split_capacity) {
+  const ReduceNorm norm = checked(y, total, x, residual, weight, eps, push_capacity);
+  push_reduce_norm(norm, peers_of(addresses, rank, push_capacity, split_capacity), dtype_of(x), Stream(x));
+}
+
+void split_reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                          double eps, const Tensor& addresses, int64_t rank, int64_t push_capacity, int64_t split_capacity,
+                          int64_t max_blocks) {
+  const ReduceNorm norm = checked(y, total, x, residual, weight, eps, split_capacity);
+  split_reduce_norm(norm, peers_of(addresses, rank, push_capacity, split_capacity), max_blocks, dtype_of(x), Stream(x));
+}
+
+void copied_reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                           double eps, const Tensor& addresses, int64_t rank, int64_t push_capacity, int64_t split_capacity,
+                           int64_t piece, int64_t first_row, int64_t call) {
+  const ReduceNorm norm = checked(y, total, x, residual, weight, eps, split_capacity);
+  require(piece >= 0 && piece < kMaxPieces, "copied_reduce_norm: there are at most 2 pieces");
+  copied_reduce_norm(norm, peers_of(addresses, rank, push_capacity, split_capacity), piece, first_row, call, dtype_of(x),
+                     Stream(x));
 }
 
 }  // namespace
@@ -108,9 +123,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
   m.def("peer_layout(Tensor like, int ranks, int push_capacity, int split_capacity, int row_bytes) -> (int, int)");
   m.def("peer_handle(Tensor memory, Tensor(a!) handle) -> ()");
   m.def("peer_map(Tensor like, Tensor handle) -> int");
-  m.def(
-      "reduce_norm(Tensor(a!) y, Tensor(b!) total, Tensor x, Tensor? residual, Tensor weight, float eps, Tensor addresses, "
-      "int rank, int push_capacity, int split_capacity, int max_blocks) -> ()");
+  const std::string sum =
+      "_reduce_norm(Tensor(a!) y, Tensor(b!) total, Tensor x, Tensor? residual, Tensor weight, float eps, Tensor addresses, "
+      "int rank, int push_capacity, int split_capacity";
+  m.def(("push" + sum + ") -> ()").c_str());
+  m.def(("split" + sum + ", int max_blocks) -> ()").c_str());
+  m.def(("copied" + sum + ", int piece, int first_row, int call) -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchinfer, CUDA, m) {
@@ -118,5 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchinfer, CUDA, m) {
   m.impl("peer_layout", TORCH_BOX(&batchinfer::peer_layout_op));
   m.impl("peer_handle", TORCH_BOX(&batchinfer::peer_handle_op));
   m.impl("peer_map", TORCH_BOX(&batchinfer::peer_map_op));
-  m.impl("reduce_norm", TORCH_BOX(&batchinfer::reduce_norm_op));
+  m.impl("push_reduce_norm", TORCH_BOX(&batchinfer::push_reduce_norm_op));
+  m.impl("split_reduce_norm", TORCH_BOX(&batchinfer::split_reduce_norm_op));
+  m.impl("copied_reduce_norm", TORCH_BOX(&batchinfer::copied_reduce_norm_op));
 }

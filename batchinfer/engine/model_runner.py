@@ -254,8 +254,8 @@ def build_runner(config: Config, shape: ModelShape, parallel: TensorParallel, de
     dtype = getattr(torch, dtype_name)
     ops.choose_backend(config.engine.attention_backend, device)
     begin = time.monotonic()
-    max_rows, row_bytes = config.engine.max_num_batched_tokens, shape.hidden_size * dtype.itemsize
-    parallel = connect(parallel, max_rows, row_bytes, device, config.engine.peer_memory)
+    max_rows = config.engine.max_num_batched_tokens
+    parallel = connect(parallel, max_rows, shape.hidden_size, dtype, device, config.engine.peer_memory)
     weights = f"{gib(shape.weight_bytes(dtype_name, parallel.size))} of weights"
     with require_fit(weights, device, "raise hw.tensor_parallel, or take a smaller model"):
         model = Decoder(shape, parallel, dtype, device, max_model_len)

@@ -22,16 +22,20 @@ HOST_TIMEOUT = timedelta(days=7)  # ranks wait for the next batch as long as ran
 
 PIECES = 2
 OVERLAP_ROWS = 1024  # from here on a sum takes longer than products lose by being cut in pieces
-OVERLAP_BLOCKS = 32  # of a sum beside a product: enough for the rate of the link
 
 
 class Overlap:
-    """A stream on which pieces of sums run beside the products that give summands and take sums, and the events between them."""
+    """Sums of many rows in pieces, beside the products that give summands and take sums: a stream and two events for each.
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device, priority=-1)  # a product would not let it in before it ends
+    `normed` [rows, D]: where the normed rows go, when they do not go to peer memory.
+    """
+
+    def __init__(self, device: torch.device, normed: Tensor | None) -> None:
+        self.normed = normed
+        self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(PIECES)]
         self.given = [torch.cuda.Event() for _ in range(PIECES)]
         self.summed = [torch.cuda.Event() for _ in range(PIECES)]
+        self.num_calls = 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class TensorParallel:
             normed, total = self.start_sums(x, residual, weight, eps)
             for index in range(PIECES):
                 self.await_sum(index)
-            return torch.cat(normed), total
-        if self.peers is not None and self.peers.takes(x):
+            return normed, total
+        if self.peers is not None:
             return ops.reduce_norm(self.peers, x, residual, weight, eps)
         total = self.all_reduce(x)
         if residual is None:
@@ -70,7 +74,7 @@ class TensorParallel:
 
     def pieces(self, rows: int) -> list[slice]:
         """What sums of so many rows are cut into. Depends on nothing else, so ranks and layers agree."""
-        if self.overlap is None or rows < OVERLAP_ROWS:
+        if self.overlap is None or rows < OVERLAP_ROWS or torch.cuda.is_current_stream_capturing():
             return [slice(0, rows)]
         bounds = [rows * i // PIECES for i in range(PIECES + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
@@ -80,32 +84,48 @@ class TensorParallel:
         assert self.overlap is not None
         self.overlap.given[index].record()
 
-    def start_sums(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
-        """`reduce_norm` piece by piece, on the stream of `overlap`: the normed pieces, and the new residual.
+    def start_sums(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`reduce_norm` of pieces that were given, each on its own stream. Returns what will be normed rows and residual.
 
-        What is allocated here belongs to that stream: whatever had the memory before has ended when the first piece is given.
+        They are written when the first piece has been given: whatever had their memory before must have ended by then. So the
+        residual takes the place of the old one, or of x, and the rest belongs to this module.
         """
-        overlap = self.overlap
+        overlap, total = self.overlap, x if residual is None else residual
         assert overlap is not None
-        with torch.cuda.stream(overlap.stream):
-            total, normed = torch.empty_like(x), []
-            for index, piece in enumerate(self.pieces(len(x))):
+        if self.peers is not None:
+            normed = self.peers.y(x)
+        else:
+            assert overlap.normed is not None
+            normed = overlap.normed[: len(x)]
+        for index, piece in enumerate(self.pieces(len(x))):
+            before = None if residual is None else residual[piece]
+            with torch.cuda.stream(overlap.streams[index]):
                 overlap.given[index].wait()
-                before = None if residual is None else residual[piece]
-                normed.append(self._sum_piece(x, piece, before, weight, eps, total[piece]))
+                self._sum_piece(normed[piece], total[piece], x[piece], before, weight, eps, index, piece.start)
                 overlap.summed[index].record()
+        overlap.num_calls += 1
         return normed, total
 
-    def _sum_piece(self, x: Tensor, piece: slice, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor) -> Tensor:
-        if self.peers is not None and self.peers.takes(x):
-            y = self.peers.y(x)[piece]
-            ops.split_reduce_norm(self.peers, y, total, x[piece], residual, weight, eps, OVERLAP_BLOCKS)
-            return y
-        dist.all_reduce(x[piece], group=self.group)
-        torch.add(x[piece], residual, out=total) if residual is not None else total.copy_(x[piece])
-        normed = ops.rms_norm(total, weight, eps)
-        assert isinstance(normed, Tensor)
-        return normed
+    def _sum_piece(
+        self,
+        normed: Tensor,
+        total: Tensor,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        index: int,
+        first_row: int,
+    ) -> None:
+        overlap, peers = self.overlap, self.peers
+        assert overlap is not None
+        if peers is not None:
+            calls = overlap.num_calls
+            return ops.copied_reduce_norm(peers, normed, total, x, residual, weight, eps, index, first_row, calls)
+        dist.all_reduce(x, group=self.group)
+        if residual is not None:
+            torch.add(x, residual, out=total)
+        normed.copy_(ops.rms_norm(total, weight, eps))  # type: ignore[arg-type]  # a tensor, since no residual was given
 
     def await_sum(self, index: int) -> None:
         """What is launched from here on may use the piece."""

@@ -19,34 +19,33 @@ logger = logging.getLogger(__name__)
 
 
 def connect(
-    parallel: TensorParallel, max_rows: int, row_bytes: int, device: torch.device, peer_memory: bool = True
+    parallel: TensorParallel, max_rows: int, size: int, dtype: torch.dtype, device: torch.device, peer_memory: bool = True
 ) -> TensorParallel:
-    """Ranks on GPUs with what sums of up to `max_rows` rows need beside NCCL. All ranks call this together.
+    """Ranks on GPUs with what sums of up to max_rows rows of `size` elements need beside NCCL. All ranks call this together.
 
     `peer_memory`: with memory in common, if all of their GPUs can; where one cannot, the log says why.
     """
     if parallel.size == 1 or device.type != "cuda":
         return parallel
-    parallel = replace(parallel, overlap=Overlap(device))
-    return _with_peers(parallel, max_rows, row_bytes, device) if peer_memory else parallel
+    peers = _share(parallel, max_rows, size * dtype.itemsize, device) if peer_memory else None
+    normed = None if peers else torch.empty(max_rows, size, dtype=dtype, device=device)
+    return replace(parallel, peers=peers, overlap=Overlap(device, normed))
 
 
-def _with_peers(parallel: TensorParallel, max_rows: int, row_bytes: int, device: torch.device) -> TensorParallel:
-    obstacles = [told for told in _gather(parallel, _obstacle(parallel, device)) if told]
-    if not obstacles:
+def _share(parallel: TensorParallel, max_rows: int, row_bytes: int, device: torch.device) -> ops.PeerMemory | None:
+    obstacles = _gather(parallel, _obstacle(parallel, row_bytes, device))
+    if not any(obstacles):
         memory, y_offset = ops.allocate_peer_memory(parallel.size, max_rows, row_bytes, device)
         torch.cuda.synchronize(device)
-        handles = _gather(parallel, ops.peer_handle(memory))
-        addresses, refusal = _map(handles, memory, parallel.rank, device)
-        obstacles = [told for told in _gather(parallel, refusal) if told]
-    if obstacles:
+        addresses, refusal = _map(_gather(parallel, ops.peer_handle(memory)), memory, parallel.rank, device)
+        obstacles = _gather(parallel, refusal)
+    if any(obstacles):
         if parallel.rank == 0:
-            logger.warning(
-                "ranks sum through NCCL alone, not through each other's memory: %s", "; ".join(dict.fromkeys(obstacles))
-            )
-        return parallel
+            told = "; ".join(dict.fromkeys(filter(None, obstacles)))
+            logger.warning("ranks sum through NCCL alone, not through each other's memory: %s", told)
+        return None
     capacities = ops.peer_capacities(parallel.size, max_rows, row_bytes)
-    return replace(parallel, peers=ops.PeerMemory(parallel.rank, memory, torch.tensor(addresses), y_offset, *capacities))
+    return ops.PeerMemory(parallel.rank, memory, torch.tensor(addresses), y_offset, *capacities)
 
 
 def _gather(parallel: TensorParallel, what: Any) -> list[Any]:
@@ -56,13 +55,15 @@ def _gather(parallel: TensorParallel, what: Any) -> list[Any]:
     return told
 
 
-def _obstacle(parallel: TensorParallel, device: torch.device) -> str:
+def _obstacle(parallel: TensorParallel, row_bytes: int, device: torch.device) -> str:
     """Why this rank's GPU cannot have memory in common with the others'; empty: it can."""
     hosts = _gather(parallel, boot_id())
     if len(set(hosts)) > 1:
         return "they are on several hosts"
     if parallel.size not in ops.PEER_RANKS:
         return f"there are {parallel.size} of them, and not {', '.join(map(str, ops.PEER_RANKS))}"
+    if row_bytes % 16 or row_bytes > ops.PEER_ROW_BYTES:
+        return f"rows of {row_bytes:,} bytes are no multiple of 16 up to {ops.PEER_ROW_BYTES:,}"
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return "NCCL_P2P_DISABLE is set"
     others = [index for index in _gather(parallel, device.index) if index != device.index]

@@ -23,16 +23,18 @@ from batchinfer.ops.attention import DevicePlan
 from batchinfer.ops.attention_plan import AttentionPlan, AttentionShape, PlanCapacity, PlanTooLarge, empty_plan, plan_attention
 from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.peer_memory import RANKS as PEER_RANKS
+from batchinfer.ops.peer_memory import ROW_BYTES as PEER_ROW_BYTES
 from batchinfer.ops.peer_memory import PeerMemory, reduce_norm
 from batchinfer.ops.peer_memory import allocate as allocate_peer_memory
 from batchinfer.ops.peer_memory import capacities as peer_capacities
+from batchinfer.ops.peer_memory import copied_into as copied_reduce_norm
 from batchinfer.ops.peer_memory import handle_of as peer_handle
 from batchinfer.ops.peer_memory import map_handle as map_peer
-from batchinfer.ops.peer_memory import split_into as split_reduce_norm
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
 
 __all__ = [
     "PEER_RANKS",
+    "PEER_ROW_BYTES",
     "AttentionPlan",
     "AttentionShape",
     "DevicePlan",
@@ -45,6 +47,7 @@ __all__ = [
     "apply_token_bitmask",
     "attention_takes",
     "choose_backend",
+    "copied_reduce_norm",
     "draw",
     "embedding",
     "empty_plan",
@@ -66,7 +69,6 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "silu_and_mul",
-    "split_reduce_norm",
 ]
 
 _backend = "auto"  # of this process

@@ -16,8 +16,8 @@ from batchinfer.ops.compiled import load_kernels
 
 HANDLE_BYTES = 64
 RANKS = (2, 4, 8)  # that there are kernels for
-ROW_BYTES = 32 << 10  # the longest row
-PUSH_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 256 << 10}  # by ranks: up to here pushing is faster
+ROW_BYTES = 32 << 10  # the longest row; all are multiples of 16
+PUSH_BYTES = {2: 3 << 20, 4: 512 << 10, 8: 256 << 10}  # by ranks: up to here pushing is faster
 ALL_BLOCKS = 256  # more than a device runs at once
 
 
@@ -31,12 +31,6 @@ class PeerMemory:
     y_offset: int
     push_bytes: int
     split_bytes: int
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether `reduce_norm` can sum x [T, D]."""
-        row_bytes = x.shape[1] * x.element_size()
-        half_or_float = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        return half_or_float and row_bytes % 16 == 0 and row_bytes <= ROW_BYTES and x.nbytes <= self.split_bytes
 
     def y(self, x: Tensor) -> Tensor:
         """The place like x [T, D] where other ranks put what they normed. It holds until the next call."""
@@ -79,18 +73,20 @@ def reduce_norm(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: T
 def push(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The way of few rows."""
     y, total = torch.empty_like(x), torch.empty_like(x)
-    _launch(peers, y, total, x, residual, weight, eps, 0)
+    torch.ops.batchinfer.push_reduce_norm(y, total, x, residual, weight, eps, *_where(peers))
     return y, total
 
 
-def split(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The way of many rows."""
+def split(
+    peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, max_blocks: int = ALL_BLOCKS
+) -> tuple[Tensor, Tensor]:
+    """The way of many rows. `max_blocks`: how much of the device to take."""
     y, total = peers.y(x), torch.empty_like(x)
-    split_into(peers, y, total, x, residual, weight, eps, ALL_BLOCKS)
+    torch.ops.batchinfer.split_reduce_norm(y, total, x, residual, weight, eps, *_where(peers), max_blocks)
     return y, total
 
 
-def split_into(
+def copied_into(
     peers: PeerMemory,
     y: Tensor,
     total: Tensor,
@@ -98,21 +94,17 @@ def split_into(
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
-    max_blocks: int,
+    piece: int,
+    first_row: int,
+    call: int,
 ) -> None:
-    """`split` of some rows of a step: y is those rows of `peers.y`. `max_blocks`: how much of the device to take."""
-    _launch(peers, y, total, x, residual, weight, eps, max_blocks)
+    """`split` in which copy engines move the rows, so that it runs beside a product: of rows from first_row on of a step's x.
+
+    y: those rows of `peers.y`. `piece`: 0 or 1, the number of these rows among those under way at once. `call`: how many calls
+    for this piece came before. Not for graphs.
+    """
+    torch.ops.batchinfer.copied_reduce_norm(y, total, x, residual, weight, eps, *_where(peers), piece, first_row, call)
 
 
-def _launch(
-    peers: PeerMemory,
-    y: Tensor,
-    total: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    max_blocks: int,
-) -> None:
-    where = peers.addresses, peers.rank, peers.push_bytes, peers.split_bytes
-    torch.ops.batchinfer.reduce_norm(y, total, x, residual, weight, eps, *where, max_blocks)
+def _where(peers: PeerMemory) -> tuple[Tensor, int, int, int]:
+    return peers.addresses, peers.rank, peers.push_bytes, peers.split_bytes

@@ -64,7 +64,7 @@ def ways(
     if x.nbytes <= peers.push_bytes:
         found["push"] = lambda: peer_memory.push(peers, x, residual, weight, EPS)
     for blocks in (16, 32, 64, 256):
-        found[f"split {blocks}"] = partial(peer_memory.split_into, peers, peers.y(x), residual, x, residual, weight, EPS, blocks)
+        found[f"split {blocks}"] = partial(peer_memory.split, peers, x, residual, weight, EPS, blocks)
     return found
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     torch.cuda.set_device(device)
     plain = init_distributed(device)
     peer_memory.PUSH_BYTES = dict.fromkeys(peer_memory.RANKS, 32 << 20)  # every size both ways
-    parallel = connect(plain, max(args.rows), 2 * args.size, device)
+    parallel = connect(plain, max(args.rows), args.size, torch.bfloat16, device)
     weight = torch.ones(args.size, device=device, dtype=torch.bfloat16)
     header: list[str] = []
     for rows in args.rows:

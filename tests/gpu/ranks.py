@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 import torch.multiprocessing as mp
 
 from batchinfer.model.parallel import TensorParallel, init_distributed
+
+TIMEOUT_S = 60  # after which a rank that hangs says where, and ends
 
 
 def sizes() -> list[int]:
@@ -29,6 +32,7 @@ def run_ranks(size: int, work: Callable[..., None], *args: Any) -> None:
 def _rank(rank: int, size: int, port: int, work: Callable[[TensorParallel, torch.device], None], args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     parallel = init_distributed(device)
