@@ -186,7 +186,7 @@ class ColumnParallelLinear(nn.Module):
         normed, residual = self.parallel.start_sums(x, residual, norm.weight, norm.eps)
         for index, piece in enumerate(self.parallel.pieces(len(x))):
             self.parallel.await_sum(index)
-            self.weight.into(y[piece], normed[index], self.bias)
+            self.weight.into(y[piece], normed[piece], self.bias)
         return y, residual
 
     def slices(self) -> Iterator[WeightSlice]:
