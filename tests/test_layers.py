@@ -24,10 +24,10 @@ LAYERS = {
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
-    "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
-    "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled ops.elementwise "
-    "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
-    "ops.logprobs ops.skinny",
+    "model.safetensors_file engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling "
+    "data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled "
+    "ops.elementwise ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention "
+    "ops.sampling ops.logprobs ops.skinny",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
     "ops.reference_sampling ops.reference_logprobs ops.reference_linear",
