@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
-    "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress worker.peers report display "
+    "profiling bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
