@@ -22,7 +22,7 @@ LAYERS = {
     "profiling bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
-    "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
+    "engine.inputs engine.cuda_graphs engine.kv_memory engine.rank_check engine.model_runner model.decoder model.loader",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "model.safetensors_file engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling "
     "data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled "
