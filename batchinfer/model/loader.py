@@ -73,9 +73,8 @@ def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None, devi
     files = _files_by_tensor(Path(path))
     _require_same_names(path, {wish.name for wish in slices}, set(files), shape.tie_word_embeddings)
     with contextlib.ExitStack() as stack:
-        opened = {file: _open(file) for file in sorted({files[wish.name] for wish in slices})}
-        for file in opened.values():
-            stack.callback(file.close)
+        paths = {files[wish.name] for wish in slices}
+        opened = {path: stack.enter_context(contextlib.closing(_open(path))) for path in paths}
         pieces = [piece for wish in slices for piece in _pieces(opened[files[wish.name]], wish)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.tensor.begin, piece.rows.start))
         return _load(pieces, device)
@@ -84,12 +83,18 @@ def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None, devi
 def _load(pieces: list[_Piece], device: torch.device) -> int:
     readers = min(MAX_READERS, usable_cores())
     staging = _Staging(device, NUM_BUFFERS * readers, max((math.prod(piece.shape) for piece in pieces), default=0))
-    with ThreadPoolExecutor(readers) as pool:
+    with ThreadPoolExecutor(readers, initializer=_use, initargs=(device,)) as pool:
         try:
             return sum(pool.map(staging.bring, pieces))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _use(device: torch.device) -> None:
+    """A thread begins with the first GPU, whatever the others have chosen."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
@@ -102,9 +107,8 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
             raise ConfigError(f"{index} is not an index of safetensors: it must be JSON with a weight_map") from None
     if not single.exists():
         raise ConfigError(f"model.path={folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be loaded")
-    file = _open(single)
-    file.close()
-    return dict.fromkeys(file.tensors, single)
+    with contextlib.closing(_open(single)) as file:
+        return dict.fromkeys(file.tensors, single)
 
 
 def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
