@@ -152,6 +152,7 @@ class EngineConfig:
         "auto: kernels on a GPU; reference: plain torch for everything; fused_softmax: scores in memory and one kernel over them",
         choices=("auto", "reference", "fused_softmax"),
     )
+    check_ranks: bool = _key(False, THROUGHPUT, "debug: compare batch, hidden states and tokens of all ranks in every step")
     stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
 
 

@@ -24,6 +24,7 @@ from batchinfer.engine.cuda_graphs import CudaGraphs, graph_sizes
 from batchinfer.engine.inputs import InputPacker, ModelInputs, PackedInputs
 from batchinfer.engine.kv_memory import measure_kv_blocks, memory_in_words, require_fit
 from batchinfer.engine.logprobs import prompt_log_probabilities, token_logprobs
+from batchinfer.engine.rank_check import RankCheck
 from batchinfer.engine.sampler import TokenMask, sample_tokens
 from batchinfer.engine.sequence import NO_TOKEN, StepResult, TokenLogprobs
 from batchinfer.memory import gib
@@ -33,7 +34,7 @@ from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import AttentionInputs
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
-from batchinfer.model.peers import connect
+from batchinfer.model.peer_exchange import connect
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class ModelRunner:
         self.num_blocks = num_blocks
         self.can_retry = parallel.size == 1  # other ranks would already compute what ran out of memory here
         self.channel = channel  # to the other ranks' hosts; None: there are none, or nothing is shared yet
+        self.check = RankCheck(parallel) if engine.check_ranks and parallel.size > 1 else None
         self.phases: dict[str, float] = {}  # seconds that each part of the construction took
         num_kv_heads = shape.local_sizes(parallel.size).num_kv_heads
         self.kv_cache = zeros((2, shape.num_layers, num_blocks, num_kv_heads, engine.block_size, shape.head_dim), dtype, device)
@@ -155,6 +157,8 @@ class ModelRunner:
         """Launch the forward pass: writes the keys and values of the batch's tokens into the cache. Every rank."""
         step = batch.to_tensors(self.device)
         hidden, graph = self._hidden(batch, step)
+        if self.check is not None:
+            self.check.forward(batch, hidden)
         logits = None
         if batch.num_samples:  # every rank: they gather the vocabulary
             rows = hidden if batch.num_samples == batch.num_tokens else hidden.index_select(0, step.sample_rows)
@@ -229,6 +233,8 @@ class ModelRunner:
         """Store rank 0's drawn tokens [N] where the next step looks for them, on every rank: no host takes part."""
         if self.overlap:
             self.parallel.broadcast(token_ids)
+            if self.check is not None:
+                self.check.tokens(token_ids)
             self.last_tokens[step.sample_slots] = token_ids
 
 

@@ -26,12 +26,12 @@ from batchinfer.job.rundir import RunDir, parse_completion
 from batchinfer.publish import replace_bytes
 
 DONE, FAILED, STOPPED = 0, 1, 3  # exit codes of a worker, and of a job
+BEREAVED = 4  # exit code of a worker that ended because another rank of its replica had died
 TAIL_BYTES = 65536
 SENTENCE = "batchinfer: "  # begins the line in which a worker says why it fails
 TRACEBACK = "Traceback (most recent call last):"
 RANK_LINE = re.compile(r"^\[rank(\d+)\]: ?(.*)$")
-ROOT_RANK = re.compile(r"^ *rank +: (\d+) \(local_rank", re.MULTILINE)
-ROOT_EXIT = re.compile(r"^ *exitcode +: (-?\d+)", re.MULTILINE)
+FAILURE = re.compile(r"^ *rank +: (\d+) \(local_rank.*\n *exitcode +: (-?\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Replica:
         code = self._process.poll()
         if code is None or code == DONE:
             return code
-        codes = ROOT_EXIT.findall(_tail(self.log))
-        return int(codes[-1]) if codes else code
+        first = first_failure(_tail(self.log))
+        return first.exit_code if first else code
 
     def terminate(self) -> None:
         """Ask it to stop gracefully; torchrun hands the signal on to its ranks."""
@@ -127,12 +127,18 @@ class Replica:
         return Death(self.name, exit_code, self._reason(exit_code), str(self.log))
 
     def _reason(self, exit_code: int) -> str:
-        told = read_progress(self._run_dir, self.name).get("error")
-        if told:
-            return str(told)
-        if exit_code == -signal.SIGKILL:  # it had no time for a word: the log's last line has nothing to do with it
-            return _describe_exit(exit_code)
-        return last_words(_tail(self.log)) or _describe_exit(exit_code)
+        tail = _tail(self.log)
+        first = first_failure(tail)
+        if first is None or first.rank == 0:
+            told = read_progress(self._run_dir, self.name).get("error")
+            if told:
+                return str(told)
+        words = None if exit_code < 0 and exit_code != -signal.SIGABRT else last_words(tail)
+        if words is None:  # other signals leave no time for a word: the log's last line has nothing to do with them
+            return (
+                f"rank {first.rank} was {_describe_exit(exit_code)}" if first and first.of_several else _describe_exit(exit_code)
+            )
+        return f"rank {first.rank}: {words}" if first and first.rank > 0 else words
 
 
 def mark_of_job(run_dir: RunDir, submission: int) -> str:
@@ -175,12 +181,35 @@ def read_death(run_dir: RunDir, name: str) -> Death | None:
         return None
 
 
+@dataclass(frozen=True)
+class RankFailure:
+    """How a rank ended; `of_several`: it was not the only one."""
+
+    rank: int
+    exit_code: int
+    of_several: bool
+
+
+def first_failure(log: str) -> RankFailure | None:
+    """The rank that failed first, by the last words of torchrun; None when it has not said them.
+
+    It names as root cause what it saw first, and of what it saw at once the lowest rank; but a rank knows when it is not the
+    culprit, and SIGTERM is what torchrun itself ends the others with.
+    """
+    *others, root = FAILURE.findall(log) or [None]
+    if root is None:
+        return None
+    culprits = [found for found in (root, *others) if int(found[1]) not in (BEREAVED, -signal.SIGTERM)]
+    rank, code = (culprits or [root])[0]
+    return RankFailure(int(rank), int(code), bool(others))
+
+
 def last_words(log: str) -> str | None:
     """What the rank that failed first said last: its own sentence, else its last line; without ranks (torchrun itself
     failed) the last line of all."""
-    roots = ROOT_RANK.findall(log)
+    first = first_failure(log)
     said = [match for match in map(RANK_LINE.match, log.splitlines()) if match]
-    lines = [match[2] for match in said if not roots or match[1] == roots[-1]] or (log.splitlines() if not said else [])
+    lines = [match[2] for match in said if not first or int(match[1]) == first.rank] or (log.splitlines() if not said else [])
     ended = [line.strip() for line in reversed(lines) if line.strip() and line.strip() != TRACEBACK]  # a full disk cuts logs
     sentences = [line.removeprefix(SENTENCE) for line in ended if line.startswith(SENTENCE)]
     return next(iter(sentences or ended), None)

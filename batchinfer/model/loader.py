@@ -1,35 +1,40 @@
 """Fills a model's weights: streamed from safetensors, each rank reading only its slices, or seeded random numbers.
 
-The layers say what they want (`WeightSlice`); this module knows files. Slices are cut into pieces that several threads copy.
-A file is opened anew for each piece and closed behind it, since pages of an open file count as ours: so beside the weights
-the host holds LOAD_THREADS pieces, however large the tensors are.
+The layers say what they want (`WeightSlice`); `safetensors_file` knows files; this module joins them. Slices are cut into
+pieces, which several threads read into a few host buffers. On a GPU those are pinned, and what is in one goes to the device
+while others are filled. So beside the weights the host holds NUM_BUFFERS pieces for each thread, and the columns of one that it
+is reading, however large the tensors are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from batchinfer.config import ConfigError, ModelConfig
+from batchinfer.hardware import usable_cores
 from batchinfer.memory import gib
 from batchinfer.model.config import ModelShape
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import WeightSlice
+from batchinfer.model.safetensors_file import NotSafetensors, SafetensorsFile, StoredTensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-CHECKPOINT_DTYPES = ("BF16", "F16", "F32", "F64")
-LOAD_THREADS = 4
-PIECE_BYTES = 16 << 20  # of weights: opening a file of hundreds of tensors costs a hundredth of copying as much
+CHECKPOINT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MAX_READERS = 8  # threads; one copies about 8 GB/s out of the page cache, a host link of PCIe 5 takes 55
+PIECE_BYTES = 8 << 20  # of the checkpoint: large beside the Python around it, small enough that pinning takes no time
+NUM_BUFFERS = 2  # of a reader: one is filled while the other is on its way
 RANDOM_STD = 0.02
 MAX_NAMES = 5  # of tensors in an error sentence
 
@@ -56,25 +61,40 @@ def load_weights(model: Decoder, shape: ModelShape, model_cfg: ModelConfig, seed
     if model_cfg.load_format == "random":
         num_bytes = _fill_random(slices, seed, device)
     else:
-        num_bytes = _stream(slices, shape, model_cfg.path)
+        num_bytes = _stream(slices, shape, model_cfg.path, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # copies and random numbers are still under way
     return LoadReport(num_bytes, time.monotonic() - began)
 
 
-def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None) -> int:
+def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None, device: torch.device) -> int:
     if path is None:
         raise ConfigError("model.path is null: give a checkpoint folder, or model.load_format=random for weights without one")
     files = _files_by_tensor(Path(path))
     _require_same_names(path, {wish.name for wish in slices}, set(files), shape.tie_word_embeddings)
-    by_file: dict[Path, list[WeightSlice]] = {}
-    for wish in slices:
-        by_file.setdefault(files[wish.name], []).append(wish)
-    for file in by_file:
-        _check_file(file, by_file[file])
-    pieces = [(file, wish, rows) for file in sorted(by_file) for wish in by_file[file] for rows in _pieces(wish)]
-    with ThreadPoolExecutor(LOAD_THREADS) as pool:
-        return sum(pool.map(_copy, *zip(*pieces, strict=True)))
+    with contextlib.ExitStack() as stack:
+        paths = {files[wish.name] for wish in slices}
+        opened = {path: stack.enter_context(contextlib.closing(_open(path))) for path in paths}
+        pieces = [piece for wish in slices for piece in _pieces(opened[files[wish.name]], wish)]
+        pieces.sort(key=lambda piece: (piece.file.path, piece.tensor.begin, piece.rows.start))
+        return _load(pieces, device)
+
+
+def _load(pieces: list[_Piece], device: torch.device) -> int:
+    readers = min(MAX_READERS, usable_cores())
+    staging = _Staging(device, NUM_BUFFERS * readers, max((math.prod(piece.shape) for piece in pieces), default=0))
+    with ThreadPoolExecutor(readers, initializer=_use, initargs=(device,)) as pool:
+        try:
+            return sum(pool.map(staging.bring, pieces))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _use(device: torch.device) -> None:
+    """A thread begins with the first GPU, whatever the others have chosen."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
@@ -87,8 +107,8 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
             raise ConfigError(f"{index} is not an index of safetensors: it must be JSON with a weight_map") from None
     if not single.exists():
         raise ConfigError(f"model.path={folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be loaded")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single)
+    with contextlib.closing(_open(single)) as file:
+        return dict.fromkeys(file.tensors, single)
 
 
 def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
@@ -112,48 +132,118 @@ def _names(names: Collection[str]) -> str:
     return f"{count} ({', '.join(ordered[:MAX_NAMES])}{', ...' if len(ordered) > MAX_NAMES else ''})"
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> SafetensorsFile:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return SafetensorsFile(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: the checkpoint's index names it") from None
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a safetensors file, or it is cut short: {error}") from None
+    except NotSafetensors as error:
+        raise _cut_short(path, error) from None
 
 
-def _check_file(path: Path, wishes: list[WeightSlice]) -> None:
-    """ConfigError where a tensor is not what config.json calls for. Reads no more than the file's header."""
-    with _open(path) as file:
-        held = set(file.keys())
-        for wish in wishes:
-            if wish.name not in held:
-                raise ConfigError(f"{path} lacks {wish.name}, which the checkpoint's index says it holds")
-            tensor = file.get_slice(wish.name)
-            shape, dtype = tensor.get_shape(), tensor.get_dtype()
-            if tuple(shape) != wish.shape:
-                raise ConfigError(f"{path}: {wish.name} has shape {shape}, but config.json calls for {list(wish.shape)}")
-            if dtype not in CHECKPOINT_DTYPES:
-                raise ConfigError(f"{path}: {wish.name} has type {dtype}: it must be one of {', '.join(CHECKPOINT_DTYPES)}")
+def _cut_short(path: Path, error: NotSafetensors) -> ConfigError:
+    return ConfigError(f"{path} is not a safetensors file, or it is cut short: {error}")
 
 
-def _pieces(wish: WeightSlice) -> Iterator[slice]:
-    """Rows of the destination, about PIECE_BYTES of them at a time. None for a rank beyond the end of a short vocabulary."""
+def _find(file: SafetensorsFile, wish: WeightSlice) -> StoredTensor:
+    """ConfigError where the tensor is not what config.json calls for."""
+    tensor = file.tensors.get(wish.name)
+    if tensor is None:
+        raise ConfigError(f"{file.path} lacks {wish.name}, which the checkpoint's index says it holds")
+    if tensor.shape != wish.shape:
+        raise ConfigError(
+            f"{file.path}: {wish.name} has shape {list(tensor.shape)}, but config.json calls for {list(wish.shape)}"
+        )
+    if tensor.dtype not in CHECKPOINT_DTYPES:
+        valid = ", ".join(CHECKPOINT_DTYPES)
+        raise ConfigError(f"{file.path}: {wish.name} has type {tensor.dtype}: it must be one of {valid}")
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What is read at once: rows of a tensor, of each the bytes `columns`, for `destination`, which has as many rows."""
+
+    file: SafetensorsFile
+    tensor: StoredTensor
+    rows: slice
+    columns: slice
+    destination: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+def _pieces(file: SafetensorsFile, wish: WeightSlice) -> Iterator[_Piece]:
+    """About PIECE_BYTES at a time. None for a rank beyond the end of a short vocabulary."""
+    tensor = _find(file, wish)
+    first, columns = (wish.start, slice(0, tensor.row_bytes)) if wish.dim == 0 else (0, _columns(tensor, wish))
     num_rows = len(wish.destination)
-    rows_each = max(1, PIECE_BYTES * num_rows // max(1, wish.destination.nbytes))
+    rows_each = max(1, PIECE_BYTES // (columns.stop - columns.start))
     for row in range(0, num_rows, rows_each):
-        yield slice(row, min(row + rows_each, num_rows))
+        stop = min(row + rows_each, num_rows)
+        yield _Piece(file, tensor, slice(first + row, first + stop), columns, wish.destination[row:stop])
 
 
-def _copy(path: Path, wish: WeightSlice, rows: slice) -> int:
-    """Fill these rows of the destination. Returns bytes written."""
-    destination = wish.destination[rows]
-    with _open(path) as file:
-        tensor = file.get_slice(wish.name)
-        if wish.dim == 0:
-            destination.copy_(tensor[wish.start + rows.start : wish.start + rows.stop])
-        else:
-            destination.copy_(tensor[rows, wish.start : wish.stop])
-    return destination.nbytes
+def _columns(tensor: StoredTensor, wish: WeightSlice) -> slice:
+    item_bytes = tensor.row_bytes // tensor.shape[1]
+    return slice(wish.start * item_bytes, wish.stop * item_bytes)
+
+
+class _Buffer:
+    """Host memory that pieces pass through, made by the thread that needs it first: pinning takes a while."""
+
+    def __init__(self, num_bytes: int, pinned: bool) -> None:
+        self._num_bytes, self._pinned = num_bytes, pinned
+        self._bytes: Tensor | None = None
+        self.sent = torch.cuda.Event(blocking=True) if pinned else None
+
+    def room(self, shape: tuple[int, int]) -> Tensor:
+        """uint8 of that shape, as soon as the device has what was in it last."""
+        if self._bytes is None:
+            self._bytes = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        if self.sent is not None:
+            self.sent.synchronize()
+        return self._bytes[: math.prod(shape)].view(shape)
+
+
+class _Staging:
+    """The way of pieces from files to the device through a ring of buffers, for as many threads as there are buffers."""
+
+    def __init__(self, device: torch.device, num_buffers: int, num_bytes: int) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights are made zero
+        self._free: SimpleQueue[_Buffer] = SimpleQueue()
+        for _ in range(num_buffers):
+            self._free.put(_Buffer(num_bytes, self._stream is not None))
+
+    def bring(self, piece: _Piece) -> int:
+        """Read a piece, and launch its copy into the weights. Returns bytes of the weights."""
+        buffer = self._free.get()
+        try:
+            room = buffer.room(piece.shape)
+            piece.file.read(piece.tensor, piece.rows, piece.columns, room.numpy())
+            values = room.view(-1).view(CHECKPOINT_DTYPES[piece.tensor.dtype]).view(piece.destination.shape)
+            self._send(values, piece.destination, buffer)
+        except NotSafetensors as error:
+            raise _cut_short(piece.file.path, error) from None
+        finally:
+            self._free.put(buffer)
+        return piece.destination.nbytes
+
+    def _send(self, values: Tensor, destination: Tensor, buffer: _Buffer) -> None:
+        if buffer.sent is None:
+            destination.copy_(values)
+            return
+        with torch.cuda.stream(self._stream):
+            if values.dtype != destination.dtype:  # by the device: `copy_` would have the host cast, and wait for it
+                values = values.to(self._device, non_blocking=True)
+            destination.copy_(values, non_blocking=True)
+            buffer.sent.record()
 
 
 def _fill_random(slices: list[WeightSlice], seed: int, device: torch.device) -> int:

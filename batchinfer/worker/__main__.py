@@ -2,7 +2,8 @@
 
 Rank 0 owns claims, rows, tokenizer, scheduler and commits; the other ranks only follow its batches. The worker knows
 neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do; 3: it was asked to stop
-(SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, and said why in a line that begins `batchinfer:`.
+(SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, and said why in a line that begins `batchinfer:`;
+4: another rank of its replica had died, which is the one to ask why.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from batchinfer.engine.engine import build_engine, serve
 from batchinfer.engine.model_runner import build_runner
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
-from batchinfer.job.replica import DONE, FAILED, SENTENCE, STOPPED
+from batchinfer.job.replica import BEREAVED, DONE, FAILED, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
+from batchinfer.worker.peers import PeerDied, Peers
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.replica import Assignment, Replica, process_age
 
@@ -75,7 +77,9 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, device: torch.device) -> int:
+def lead(
+    arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, peers: Peers, device: torch.device
+) -> int:
     """Rank 0: from an empty process to the last commit. Returns the exit code."""
     name = arguments.replica or arguments.run_dir.new_replica("hand")
     assignment = Assignment(arguments.run_dir, manifest, config, name, arguments.submission)
@@ -83,7 +87,8 @@ def lead(arguments: Arguments, manifest: Manifest, config: Config, parallel: Ten
     progress.phases["import"] = process_age()
     progress.start()
     try:
-        complete = work(assignment, parallel, device, progress)
+        with peers.watched():
+            complete = work(assignment, parallel, device, progress)
         progress.enter("done" if complete else "stopped")
         return DONE if complete else STOPPED
     except BaseException as error:
@@ -113,7 +118,7 @@ def work(assignment: Assignment, parallel: TensorParallel, device: torch.device,
 def follow(config: Config, parallel: TensorParallel, device: torch.device) -> int:
     """Every other rank. Rank 0 says when to stop: a follower that went by itself would look like a crash."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: `Peers.watched` is to hear of it
     runner = build_runner(config, load_shape(config.model), parallel, device)
     keep_out_of_garbage_collection()
     serve(runner)
@@ -148,9 +153,17 @@ def main(argv: list[str]) -> int:
         config = effective_config(arguments, manifest)
         device = choose_device(config)
         parallel = init_distributed(device)
-        code = lead(arguments, manifest, config, parallel, device) if parallel.rank == 0 else follow(config, parallel, device)
+        peers = Peers.meet(parallel)
+        if parallel.rank == 0:
+            code = lead(arguments, manifest, config, parallel, peers, device)
+        else:
+            with peers.watched():
+                code = follow(config, parallel, device)
         parallel.close()
         return code
+    except PeerDied as error:
+        log.error("%s", error, exc_info=error)
+        os._exit(BEREAVED)  # at once: threads of a process group abort a process that exits in order
     except Exception as error:
         print(f"{SENTENCE}{sentence(error)}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
         traceback.print_exc()

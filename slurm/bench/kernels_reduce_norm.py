@@ -20,7 +20,7 @@ from torch import Tensor
 
 from batchinfer import ops
 from batchinfer.model.parallel import TensorParallel, init_distributed
-from batchinfer.model.peers import connect
+from batchinfer.model.peer_exchange import connect
 from batchinfer.ops import peer_memory
 
 CALLS, REPLAYS, EPS = 40, 9, 1e-5

@@ -1,15 +1,17 @@
-"""Two ranks over gloo, driven by rank 0, give the tokens of one."""
+"""Two and four ranks over gloo, driven by rank 0, give the tokens of one."""
 
 from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from batchinfer.config import Config
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.engine import Engine, build_engine, serve
 from batchinfer.engine.model_runner import build_runner
@@ -36,8 +38,8 @@ def requests_for(vocab_size: int) -> list[Request]:
     return greedy + drawn
 
 
-def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path, overlap: bool) -> None:
-    config, parallel = config_for(checkpoint, overlap=overlap), join(rank, size, port)
+def run_rank(rank: int, size: int, port: int, config: Config, answer: Path) -> None:
+    parallel = join(rank, size, port)
     shape = load_shape(config.model)
     if rank == 0:
         engine = build_engine(config, shape, parallel, CPU)
@@ -46,6 +48,17 @@ def run_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path, ov
     else:
         serve(build_runner(config, shape, parallel, CPU))
     parallel.close()  # gloo's threads abort a process that exits under them
+
+
+def told_by_ranks(size: int, config: Config, answer: Path) -> dict[int, list[int]]:
+    mp.spawn(run_rank, args=(size, free_port(), config, answer), nprocs=size)
+    told: dict[int, list[int]] = torch.load(answer)
+    return told
+
+
+def told_by_one(config: Config) -> dict[int, list[int]]:
+    shape = load_shape(config.model)
+    return complete(build_engine(config, shape, TensorParallel(), CPU), requests_for(shape.vocab_size))[0]
 
 
 def run_mixture_on_rank(rank: int, size: int, port: int, checkpoint: Path, answer: Path) -> None:
@@ -74,13 +87,27 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_two_ranks_equal_one(tmp_path: Path, overlap: bool) -> None:
-    checkpoint, answer = tmp_path / "checkpoint", tmp_path / "answer.pt"
-    save_checkpoint(checkpoint)
-    mp.spawn(run_rank, args=(2, free_port(), checkpoint, answer, overlap), nprocs=2)
-    config = config_for(checkpoint)
-    shape = load_shape(config.model)
-    engine = build_engine(config, shape, TensorParallel(), CPU)
-    assert torch.load(answer) == complete(engine, requests_for(shape.vocab_size))[0]
+    save_checkpoint(tmp_path)
+    config = config_for(tmp_path, overlap=overlap)
+    assert told_by_ranks(2, config, tmp_path / "answer.pt") == told_by_one(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads", "vocab_size", "tied"),
+    [
+        ((2, 4), 2, 131, False),  # one KV head for each of two ranks, or for two of four; 66 and 65 rows, or 33, 33, 33 and 32
+        ((4,), 1, 129, True),  # one KV head for all; the last rank has 30 rows where the others have 33
+    ],
+)
+def test_ranks_equal_one_in_float32(tmp_path: Path, sizes: tuple[int, ...], kv_heads: int, vocab_size: int, tied: bool) -> None:
+    """With every rank holding the same bits in every step."""
+    save_checkpoint(tmp_path, num_key_value_heads=kv_heads, vocab_size=vocab_size, tie_word_embeddings=tied, dtype=torch.float32)
+    plain = config_for(tmp_path, dtype="float32", overlap=True)
+    config = replace(plain, engine=replace(plain.engine, check_ranks=True))
+    one = told_by_one(plain)
+    assert max(token for told in one.values() for token in told) >= vocab_size - vocab_size // 4, "the last rank says nothing"
+    for size in sizes:
+        assert told_by_ranks(size, config, tmp_path / "answer.pt") == one
 
 
 def test_everything_at_once_on_two_ranks_equals_one_by_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchinfer import ops
 from batchinfer.model.parallel import TensorParallel
-from batchinfer.model.peers import connect
+from batchinfer.model.peer_exchange import connect
 from batchinfer.ops import reference
 from tests.gpu.ranks import run_ranks, sizes
 

@@ -22,7 +22,7 @@ from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard, UnitFooter
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.node import NodeJob
 from batchinfer.job.process import marked
-from batchinfer.job.replica import last_words, mark_of_job, read_death
+from batchinfer.job.replica import BEREAVED, RankFailure, first_failure, last_words, mark_of_job, read_death
 from batchinfer.job.rundir import RunDir
 
 WORKER = """
@@ -216,7 +216,7 @@ def test_real_torchrun_tells_the_ranks_words(tmp_path: Path) -> None:
     job = node_job(run_dir, (), tensor_parallel=2, worker_module="fake_rank", env={"PYTHONPATH": str(tmp_path)})
     assert replace(job, command=None)() == 1
     death = read_death(run_dir, "01-0-0")
-    assert death and (death.exit_code, death.reason) == (1, "no such file: model.safetensors")
+    assert death and (death.exit_code, death.reason) == (1, "rank 1: no such file: model.safetensors")
     log = (run_dir.replica("01-0-0") / "log.txt").read_text()
     assert "[rank0]:rank 0 of 2" in log and f"'{run_dir.root}', '--replica', '01-0-0', '--submission', '1'" in log
 
@@ -229,6 +229,52 @@ def test_last_words_prefer_the_rank_that_failed_first() -> None:
     told = "[rank0]:batchinfer: the disk is full\n[rank0]:Traceback (most recent call last):\n[rank0]:  File x\n"
     assert last_words(told) == "the disk is full"
     assert last_words("[rank0]:loaded\n[rank0]:Traceback (most recent call last):\n") == "loaded"
+
+
+def failures(*ranks: tuple[int, int]) -> str:
+    """What torchrun says of (rank, exit code), the one that it takes for the root cause last."""
+    said = [f"  time      : now\n  rank      : {r} (local_rank: {r})\n  exitcode  : {code} (pid: 7)\n" for r, code in ranks]
+    return "Failures:\n" + "".join(said[:-1]) + "Root Cause (first observed failure):\n" + said[-1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprit"),
+    [
+        ([(1, -9)], RankFailure(1, -9, False)),
+        ([(0, BEREAVED), (1, -9)], RankFailure(1, -9, True)),
+        ([(1, -9), (0, BEREAVED)], RankFailure(1, -9, True)),  # both within one look of torchrun
+        ([(0, -15), (2, 1), (1, BEREAVED)], RankFailure(2, 1, True)),
+        ([(0, 1), (1, 1)], RankFailure(1, 1, True)),
+        ([(1, BEREAVED), (0, -15)], RankFailure(0, -15, True)),  # somebody ended it by hand
+    ],
+)
+def test_the_culprit_is_who_failed_of_itself(ranks: list[tuple[int, int]], culprit: RankFailure) -> None:
+    assert first_failure(failures(*ranks)) == culprit
+    assert first_failure("loaded\n") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "reason"),
+    [
+        (-9, "loaded", "rank 1 was killed by SIGKILL; often the host ran out of memory"),
+        (-11, "loaded", "rank 1 was killed by SIGSEGV"),
+        (-6, "terminate called: no memory", "rank 1: terminate called: no memory"),
+        (1, "batchinfer: OutOfMemoryError: 3 GiB", "rank 1: OutOfMemoryError: 3 GiB"),
+    ],
+)
+def test_the_reason_is_the_culprits(tmp_path: Path, code: int, words: str, reason: str) -> None:
+    """Whatever rank 0 says of the connection that it lost."""
+    run_dir = make_run(tmp_path)
+    body = f"""
+        say(error="RuntimeError: connection reset")
+        print("[rank1]:" + {words!r})
+        print("[rank0]:batchinfer: RuntimeError: connection reset")
+        print({failures((1, code), (0, BEREAVED))!r})
+        sys.exit(1)
+    """
+    assert node_job(run_dir, worker(tmp_path, body))() == 1
+    death = read_death(run_dir, "01-0-0")
+    assert death and (death.exit_code, death.reason) == (code, reason)
 
 
 def test_footer_of_the_fake_is_the_real_one() -> None:

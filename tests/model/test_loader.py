@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from batchinfer.config import ConfigError, ModelConfig
+from batchinfer.hardware import usable_cores
 from batchinfer.model import loader
 from batchinfer.model.config import load_shape
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.parallel import TensorParallel
+from batchinfer.model.safetensors_file import ITEM_BYTES, SafetensorsFile
 from tests.checkpoints import save_checkpoint
 from tests.model.oracle import load
 
@@ -78,46 +78,54 @@ def test_checkpoints_are_cast_to_the_models_type(folder, dtype):
 BIASES = {"family": "Qwen3", "head_dim": 12, "attention_bias": True, "vocab_size": 97}
 
 
+def _whole(model, theirs):
+    """Every slice that a rank holds equals that part of the checkpoint, and no tensor is left out."""
+    names = set()
+    for wish in model.slices():
+        names.add(wish.name)
+        part = theirs[wish.name].detach().narrow(wish.dim, wish.start, wish.stop - wish.start)
+        assert torch.equal(wish.destination, part.to(wish.destination.dtype)), wish.name
+    assert names == set(theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_pieces_of_slices_are_the_slices_of_the_checkpoint(tmp_path, monkeypatch, dtype, rank):
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (0, 4), (3, 4)])
+def test_pieces_of_slices_are_the_slices_of_the_checkpoint(tmp_path, monkeypatch, dtype, rank, size):
     """Column-parallel layers hold rows of every part, row-parallel ones columns, and the vocabulary has an odd number of rows."""
     theirs = dict(save_checkpoint(tmp_path, max_shard_size="20KB", dtype=dtype, **BIASES).named_parameters())
     config = ModelConfig(path=str(tmp_path))
     shape = load_shape(config)
-    model = Decoder(shape, TensorParallel(rank, 2), torch.bfloat16, torch.device("cpu"), 16)
+    model = Decoder(shape, TensorParallel(rank, size), torch.bfloat16, torch.device("cpu"), 16)
     monkeypatch.setattr(loader, "PIECE_BYTES", 200)  # less than a row of some
     report = loader.load_weights(model, shape, config, 0, torch.device("cpu"))
-    found = {}
-    for wish in model.slices():
-        found[wish.name] = wish.destination
-        whole = theirs.pop(wish.name).detach()
-        assert torch.equal(wish.destination, whole.narrow(wish.dim, wish.start, wish.stop - wish.start).bfloat16())
-    assert not theirs
+    _whole(model, theirs)
+    found = {wish.name: wish.destination for wish in model.slices()}
     assert report.bytes == sum(tensor.nbytes for tensor in found.values())
-    half = {"q_proj.bias": (24,), "k_proj.bias": (12,), "o_proj.bias": (32,), "q_norm.weight": (12,), "o_proj.weight": (32, 24)}
-    assert {name: tuple(found[f"model.layers.1.self_attn.{name}"].shape) for name in half} == half
+    q, kv = 48 // size, max(12, 24 // size)
+    sizes = {"q_proj.bias": (q,), "k_proj.bias": (kv,), "o_proj.bias": (32,), "q_norm.weight": (12,), "o_proj.weight": (32, q)}
+    assert {name: tuple(found[f"model.layers.1.self_attn.{name}"].shape) for name in sizes} == sizes
+
+
+def test_a_rank_beyond_the_end_of_a_short_vocabulary_loads_no_rows_of_it(tmp_path):
+    theirs = dict(save_checkpoint(tmp_path, vocab_size=5, bos_token_id=1, eos_token_id=2).named_parameters())
+    config = ModelConfig(path=str(tmp_path))
+    shape = load_shape(config)
+    model = Decoder(shape, TensorParallel(3, 4), torch.float64, torch.device("cpu"), 16)
+    loader.load_weights(model, shape, config, 0, torch.device("cpu"))
+    assert next(model.slices()).destination.shape == (0, 32)
+    _whole(model, theirs)
 
 
 def test_a_rank_asks_for_its_slices_and_no_more(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, **BIASES)
     config, read = ModelConfig(path=str(tmp_path)), []
-    shape, opened = load_shape(config), loader._open
+    shape, really_read = load_shape(config), SafetensorsFile.read
 
-    class Watched:
-        def __init__(self, tensor):
-            self.tensor, self.get_shape, self.get_dtype = tensor, tensor.get_shape, tensor.get_dtype
+    def watched(file, tensor, rows, columns, into):
+        read.append(into.size // ITEM_BYTES[tensor.dtype])
+        really_read(file, tensor, rows, columns, into)
 
-        def __getitem__(self, index):
-            read.append(self.tensor[index].numel())
-            return self.tensor[index]
-
-    @contextmanager
-    def watched(path):
-        with opened(path) as file:
-            yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Watched(file.get_slice(name)))
-
-    monkeypatch.setattr(loader, "_open", watched)
+    monkeypatch.setattr(SafetensorsFile, "read", watched)
     for rank in (0, 1):
         read.clear()
         model = Decoder(shape, TensorParallel(rank, 2), torch.float64, torch.device("cpu"), 16)
@@ -137,13 +145,14 @@ from batchinfer.model.config import load_shape
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.loader import load_weights
 from batchinfer.model.parallel import TensorParallel
+from batchinfer.model.safetensors_file import ITEM_BYTES, SafetensorsFile
 
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 config, cpu = ModelConfig(path=sys.argv[1]), torch.device("cpu")
 shape = load_shape(config)
-model = Decoder(shape, TensorParallel(), torch.bfloat16, cpu, 16)
+model = Decoder(shape, TensorParallel(0, int(sys.argv[2])), torch.bfloat16, cpu, 16)
 for parameter in model.parameters():
     parameter.fill_(1)  # resident from now on
 before = kib("VmRSS")
@@ -153,15 +162,32 @@ print((kib("VmHWM") - before) >> 10, report.bytes >> 20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_host_memory_beside_the_weights_is_a_few_pieces_whatever_a_tensors_size(tmp_path):
-    """A file of 376 MiB in float32 with a tensor of 256 MiB: the peak stays within the pieces that are under way."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_host_memory_beside_the_weights_is_a_few_pieces_whatever_a_tensors_size(tmp_path, size):
+    """A file of 376 MiB in float32 with a tensor of 256 MiB: the peak stays within the pieces that are under way.
+
+    One that is cut by columns is copied out of a mapping of whole rows, whose pages count too.
+    """
     sizes = {"vocab_size": 65_536, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2}
     save_checkpoint(tmp_path, dtype=torch.float32, tie_word_embeddings=True, **sizes)
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), str(size)], capture_output=True, text=True, check=True)
     grown, weights = map(int, done.stdout.split())
-    assert weights == 188
-    pieces = loader.LOAD_THREADS * 2 * loader.PIECE_BYTES >> 20  # float32 has two bytes for each of bfloat16
-    assert grown < pieces + 16 < weights
+    assert weights == 188 // size
+    readers = min(loader.MAX_READERS, usable_cores())
+    pieces = readers * (loader.NUM_BUFFERS + (size if size > 1 else 0)) * loader.PIECE_BYTES >> 20
+    assert grown < pieces + 16 and (readers > 2 or pieces + 16 < weights)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(folder, monkeypatch):
+    really_read = SafetensorsFile.read
+
+    def cut(file, *rest):
+        file.path.write_bytes(file.path.read_bytes()[:2000])
+        really_read(file, *rest)
+
+    monkeypatch.setattr(SafetensorsFile, "read", cut)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file, or it is cut short: it ends"):
+        load(folder)
 
 
 def test_files_that_are_not_a_checkpoint(folder):
