@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchinfer import hardware
+from batchinfer import hardware, topology
 from batchinfer.config import RESULT, SCHEMA, Config, ConfigError, flatten, from_dict, leaves, show, unknown_key
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ def _compose_raw(parsed: Sequence[Override]) -> tuple[dict[str, Any], dict[str, 
             raw = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(lines) or 'conf'}: {' '.join(str(error).split())}") from None
+    if raw["hw"]["gpu"] == "auto":
+        raw["hw"]["env"] = topology.nccl_environment(topology.visible_links()) | raw["hw"]["env"]
     return raw, choices
 
 
@@ -216,12 +218,13 @@ def _hydra() -> Iterator[None]:
 
 
 def _register() -> None:
-    """Makes the schema's defaults and our resolver known to Hydra."""
+    """Makes the schema's defaults and our resolvers known to Hydra."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config().to_dict())
     OmegaConf.register_new_resolver("host_gpus", lambda: max(1, len(hardware.visible_gpus())), replace=True)
+    OmegaConf.register_new_resolver("host_interconnect", lambda: topology.interconnect(topology.visible_links()), replace=True)
 
 
 def _digest(config: Config) -> str:

@@ -29,8 +29,8 @@ LAYERS = {
     "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
     "ops.logprobs ops.skinny",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
-    "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention ops.reference_penalties "
-    "ops.reference_sampling ops.reference_logprobs ops.reference_linear",
+    "facts": "checks hardware topology timeline data.schema ops.precision ops.reference ops.reference_attention "
+    "ops.reference_penalties ops.reference_sampling ops.reference_logprobs ops.reference_linear",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
     "scripts": "tiny.corpus tiny.train tiny.make_sample",
 }
@@ -44,6 +44,7 @@ CONTROL_PLANE = (
     "checks",
     "config",
     "hardware",
+    "topology",
     "timeline",
     "memory",
     "stats",
