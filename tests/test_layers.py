@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
-    "bench.command bench.task bench.results bench.table bench.conditions bench.points bench.ours bench.hf bench.vllm bench.ceilings",
+    "bench.command bench.task bench.results bench.table bench.conditions bench.points bench.ours bench.hf bench.vllm "
+    "bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
