@@ -198,8 +198,16 @@ def _compose_raw(parsed: Sequence[Override]) -> tuple[dict[str, Any], dict[str, 
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(lines) or 'conf'}: {' '.join(str(error).split())}") from None
     if raw["hw"]["gpu"] == "auto":
-        raw["hw"]["env"] = topology.nccl_environment(topology.visible_links()) | raw["hw"]["env"]
+        _add_links(raw["hw"])
     return raw, choices
+
+
+def _add_links(hw: dict[str, Any]) -> None:
+    """How this host's GPUs are linked, as far as the request does not say it. What is wrong with that is found later."""
+    links = topology.visible_links()
+    hw["interconnect"] = hw["interconnect"] or topology.interconnect(links)
+    if isinstance(hw["env"], dict):
+        hw["env"] = topology.nccl_environment(links) | hw["env"]
 
 
 def _forced(override: Override) -> str:
@@ -218,13 +226,12 @@ def _hydra() -> Iterator[None]:
 
 
 def _register() -> None:
-    """Makes the schema's defaults and our resolvers known to Hydra."""
+    """Makes the schema's defaults and our resolver known to Hydra."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config().to_dict())
     OmegaConf.register_new_resolver("host_gpus", lambda: max(1, len(hardware.visible_gpus())), replace=True)
-    OmegaConf.register_new_resolver("host_interconnect", lambda: topology.interconnect(topology.visible_links()), replace=True)
 
 
 def _digest(config: Config) -> str:
