@@ -61,8 +61,8 @@ def test_bare_command_is_the_shipped_model_over_the_shipped_sample(monkeypatch: 
         ("seed=${nope}", "seed=${nope}: Interpolation key 'nope' not found"),
         ("run_name=7", "run_name=7: must be text or null; quote"),
         ("hw.tensor_parallel=3", "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node="),
-        ("hw.env=3", "hw.env=3: must be a mapping"),
-        ("hw.env=null", "hw.env=null: must be a mapping"),
+        ("hw.env=3", "hw.env=3: must be a group of names"),
+        ("hw.env=null", "hw.env=null: must be a group of names"),
     ],
 )
 def test_mistakes_are_sentences(override: str, said: str) -> None:
