@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchinfer import hardware
+from batchinfer import hardware, topology
 from batchinfer.config import RESULT, SCHEMA, Config, ConfigError, flatten, from_dict, leaves, show, unknown_key
 
 if TYPE_CHECKING:
@@ -197,7 +197,17 @@ def _compose_raw(parsed: Sequence[Override]) -> tuple[dict[str, Any], dict[str, 
             raw = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(lines) or 'conf'}: {' '.join(str(error).split())}") from None
+    if raw["hw"]["gpu"] == "auto":
+        _add_links(raw["hw"])
     return raw, choices
+
+
+def _add_links(hw: dict[str, Any]) -> None:
+    """How this host's GPUs are linked, as far as the request does not say it. What is wrong with that is found later."""
+    links = topology.visible_links()
+    hw["interconnect"] = hw["interconnect"] or topology.interconnect(links)
+    if isinstance(hw["env"], dict):
+        hw["env"] = topology.nccl_environment(links) | hw["env"]
 
 
 def _forced(override: Override) -> str:

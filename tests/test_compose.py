@@ -9,6 +9,7 @@ import pytest
 
 from batchinfer import compose as c
 from batchinfer.config import Config, ConfigError
+from batchinfer.hardware import GPUS
 
 # What a group's files need beside themselves to make a complete request.
 NEEDS = {"parquet": ["input.paths=[x]", "input.prompt_column=text"]}
@@ -60,6 +61,8 @@ def test_bare_command_is_the_shipped_model_over_the_shipped_sample(monkeypatch: 
         ("seed=${nope}", "seed=${nope}: Interpolation key 'nope' not found"),
         ("run_name=7", "run_name=7: must be text or null; quote"),
         ("hw.tensor_parallel=3", "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node="),
+        ("hw.env=3", "hw.env=3: must be a group of names"),
+        ("hw.env=null", "hw.env=null: must be a group of names"),
     ],
 )
 def test_mistakes_are_sentences(override: str, said: str) -> None:
@@ -72,9 +75,23 @@ def test_keys_of_free_names_take_new_entries() -> None:
     assert config.model.architecture == {"hidden_size": 8} and config.launcher.extra == {"mail": "x"}
 
 
-def test_no_tier_forces_nvlink() -> None:
+TIERS = [name for name in c.group_choices()["hw"] if name not in ("auto", "cpu")]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_tier_says_what_the_node_is_and_what_to_ask_for(tier: str) -> None:
+    hw = c.compose([f"hw={tier}"]).hw
+    assert hw.gpu in GPUS and tier.endswith(f"x{hw.gpus_per_node}")
+    assert hw.cpus_per_gpu and hw.mem_gb and hw.modules == []
+    assert hw.interconnect == (None if hw.gpus_per_node == 1 else "pcie" if hw.gpu == "rtx4090" else "nvlink")
+    assert hw.env.get("NCCL_P2P_DISABLE") == ("1" if hw.interconnect == "pcie" else None)
+    assert hw.env.get("NCCL_NVLS_ENABLE") == ("0" if hw.gpu in ("h100", "h200") and hw.interconnect else None)
+
+
+def test_no_tier_forces_a_link_or_names_an_interface() -> None:
     for choice in c.group_choices()["hw"]:
-        assert "NCCL_P2P_LEVEL" not in c.compose([f"hw={choice}"]).hw.env
+        for name in c.compose([f"hw={choice}"]).hw.env:
+            assert name != "NCCL_P2P_LEVEL" and not name.startswith("NCCL_IB") and not name.endswith("SOCKET_IFNAME")
 
 
 def test_planning_needs_no_checkpoint() -> None:

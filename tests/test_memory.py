@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,6 +14,7 @@ from batchinfer.hardware import GIB
 from batchinfer.memory import kv_blocks, max_model_len, plan_memory, resolve_hw
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.rope_config import YarnRope
+from tests.nvml import Driver
 
 SHAPE = ModelShape(
     "LlamaForCausalLM",
@@ -131,61 +130,6 @@ def test_unknown_gpu_lists_the_known_ones() -> None:
 # --- the host, through a driver of straw
 
 
-class Driver:
-    """As much of NVML as is asked for: GPUs are dicts, MIG slices lie inside them."""
-
-    NVML_DEVICE_MIG_ENABLE = 1
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, *gpus: dict[str, Any]) -> None:
-        self.gpus, self.open = gpus, 0
-
-    def nvmlInit(self) -> None:
-        if not self.gpus:
-            raise self.NVMLError
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
-        return self.gpus[index]
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> dict[str, Any]:
-        found = [device for gpu in self.gpus for device in (gpu, *gpu.get("slices", ())) if device["uuid"] == uuid]
-        if not found:
-            raise self.NVMLError
-        return found[0]
-
-    def nvmlDeviceGetUUID(self, device: dict[str, Any]) -> str:
-        return str(device["uuid"])
-
-    def nvmlDeviceGetName(self, device: dict[str, Any]) -> str:
-        return str(device["name"])
-
-    def nvmlDeviceGetMemoryInfo(self, device: dict[str, Any]) -> Any:
-        return SimpleNamespace(total=device["gib"] * GIB)
-
-    def nvmlDeviceGetMigMode(self, device: dict[str, Any]) -> list[int]:
-        if "slices" not in device:
-            raise self.NVMLError
-        return [1, 1]
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, device: dict[str, Any]) -> int:
-        return 7
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: dict[str, Any], index: int) -> dict[str, Any]:
-        if index >= len(device["slices"]):
-            raise self.NVMLError
-        slices: list[dict[str, Any]] = device["slices"]
-        return slices[index]
-
-
 H200 = {"name": "NVIDIA H200", "uuid": "GPU-aaaa-1", "gib": 140}
 L4 = {"name": "NVIDIA L4", "uuid": "GPU-bbbb-2", "gib": 22}
 CUT = {
@@ -235,7 +179,7 @@ def test_names_of_the_table_and_of_the_driver(driver: Driver) -> None:
 
 
 def test_auto_is_this_host(driver: Driver) -> None:
-    driver.gpus = (L4, L4)
+    driver.gpus = (L4, {**L4, "uuid": "GPU-dddd-4"})
     hw, _, _ = planned("mistral7b", "auto", "model.max_model_len=2048")
     assert (hw.gpu, hw.gpus_per_node, hw.tensor_parallel) == ("NVIDIA L4", 2, 1)
     with pytest.raises(ConfigError, match=r"hw.gpus_per_node=3: must be at most 2, the GPUs of this host"):
