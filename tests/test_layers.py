@@ -23,7 +23,7 @@ LAYERS = {
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
     "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
-    "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
+    "mechanisms": "compose memory roofline stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
     "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled ops.elementwise "
     "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
@@ -46,6 +46,7 @@ CONTROL_PLANE = (
     "hardware",
     "timeline",
     "memory",
+    "roofline",
     "stats",
     "report",
     "display",
