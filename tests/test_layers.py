@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
-    "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
+    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display job.outlook "
+    "profiling bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm bench.ceilings",
     "machines": "engine.engine job.placing job.node job.replica",
-    "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs engine.grammar "
-    "engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder model.loader",
-    "mechanisms": "compose memory roofline stats job.manifest job.claims job.logs model.parallel model.layers model.rope "
-    "engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
+    "policy": "job.plan job.demand job.layout job.verify engine.scheduler engine.batch engine.channel engine.sampler "
+    "engine.logprobs engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner "
+    "model.decoder model.loader",
+    "mechanisms": "compose memory roofline prediction stats job.manifest job.claims job.logs model.parallel model.layers "
+    "model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns data.sampling data.grammar "
     "data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads bench.floor ops ops.compiled ops.elementwise "
     "ops.attention ops.attention_plan ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling "
     "ops.logprobs ops.skinny",
@@ -47,6 +48,7 @@ CONTROL_PLANE = (
     "timeline",
     "memory",
     "roofline",
+    "prediction",
     "stats",
     "report",
     "display",
