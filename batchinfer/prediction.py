@@ -26,7 +26,7 @@ PREFILL_SHARE = 0.4  # of the best product, by attention of prompts: 247 TFLOP/s
 SMALL_SHARE = 0.85  # of the read rate, by norms, rotary positions and activations: 2.9 % of `mixed`
 LAYER_S = 14e-6  # of every layer in every step: launches, latencies; from `single`, 0.472 s
 HOST_S, HOST_ROW_S = 0.2e-3, 3e-6  # a step on the host, which overlaps with the device: 1.1 to 1.9 ms for 512 rows
-WAVES = 4  # a replica with more rows than so many times max_num_seqs is simulated in part, and scaled up
+WAVES = 4  # a replica with more rows than so many times those that run at once is simulated in part, and scaled up
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Demand:
         places = [i % size if count > size else i * size // count for i in range(count)]
         prompts, completions = self.sample.prompts, self.sample.completions
         return Work(self.sample.prefix, tuple(prompts[i] for i in places), tuple(completions[i] for i in places))
+
+    def at_once(self, limits: Limits) -> int:
+        """Sequences that run together when there are enough of them."""
+        mean = (sum(self.sample.prompts) + sum(self.sample.completions)) / len(self.sample.prompts)
+        full = math.ceil(limits.kv_tokens / mean)
+        return full if limits.max_seqs is None else min(full, limits.max_seqs)
 
     @property
     def completion_tokens(self) -> float:
@@ -96,7 +102,7 @@ def predict(
     pricing = Pricing.of(shape, dtype, hw)
     limits = Limits(kv_tokens, engine.max_num_batched_tokens, engine.max_num_seqs)
     count = demand.of_replica(nodes * hw.gpus_per_node // ranks)
-    some = WAVES * engine.max_num_seqs
+    some = WAVES * demand.at_once(limits)
     seconds = pricing.seconds(demand.rows(min(count, some)), limits)
     if count > some:  # what more rows take when the engine is in its stride: neither its filling nor its emptying
         a_row = (seconds - pricing.seconds(demand.rows(some // 2), limits)) / (some - some // 2)
