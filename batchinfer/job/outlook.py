@@ -133,7 +133,7 @@ def _layout_row(layout: Layout, chosen: bool) -> tuple[str, ...]:
 
 
 def _hours(prediction: Prediction) -> str:
-    return f"{prediction.gpu_hours:,.1f}" if prediction.gpu_hours >= 10 else f"{prediction.gpu_hours:,.2g}"
+    return f"{prediction.gpu_hours:,.1f}" if prediction.gpu_hours >= 10 else f"{prediction.gpu_hours:#,.2g}"
 
 
 def _count(number: int, thing: str) -> str:
