@@ -110,8 +110,8 @@ LINKS = {
         latency_us=15,
         hop_us=4.5,
         source="16 GT/s x 16 lanes x 128/130 bits, through host memory, as GeForce boards have no peer-to-peer. NCCL counts on "
-        "24 GB/s (github.com/NVIDIA/nccl-tests, issue 307), here halved for traffic both ways. A word between two boards takes "
-        "12 to 18 us (issue 117 there), an all-reduce among eight RTX 4090 42 us (github.com/NVIDIA/nccl, issue 1530)",
+        "24 GB/s (github.com/NVIDIA/nccl-tests, issue 307), here halved for traffic both ways. A word between two RTX 2080 Ti "
+        "takes 12 to 18 us (issue 117 there), an all-reduce among eight RTX 4090 42 us (github.com/NVIDIA/nccl, issue 1530)",
     ),
 }
 
