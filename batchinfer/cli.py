@@ -17,7 +17,6 @@ from batchinfer.checks import valid_range
 from batchinfer.config import Config, ConfigError, flatten, leaves, show
 
 if TYPE_CHECKING:
-    from batchinfer.job.plan import PlanReport
     from batchinfer.job.rundir import RunDir
 
 # What may differ between two submissions of one run: groups and keys that change no completion and no column.
@@ -91,11 +90,12 @@ def _run(arguments: list[str]) -> int:
 def _submit(config: Config) -> int:
     """Freezes the plan, or finds it frozen, and places the jobs. What cannot be placed leaves no run behind."""
     from batchinfer.job.launch import check_placeable, resolve_kind, run_job
-    from batchinfer.job.plan import freeze, resolved
+    from batchinfer.job.plan import freeze, make_plan
 
-    here = resolved(config)
+    plan = make_plan(config)
+    here = plan.submission()
     check_placeable(resolve_kind(here), here)
-    return run_job(freeze(config), here)
+    return run_job(freeze(plan), here, expected=plan.expected())
 
 
 def _resume(arguments: list[str]) -> int:
@@ -111,13 +111,15 @@ def _resume(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     from batchinfer.compose import compose
-    from batchinfer.job.plan import plan_report
+    from batchinfer.job.outlook import show as show_plan
+    from batchinfer.job.plan import make_plan
 
     _, overrides = _split(arguments, ())
-    report = plan_report(compose(overrides, planning=True))
-    _print_plan(report)
-    if not report.fitted.memory.fits:
-        raise ConfigError(report.fitted.memory.explain())
+    plan = make_plan(compose(overrides, planning=True), sample=True)
+    show_plan(plan)
+    if not plan.fitted.memory.fits:
+        sys.stdout.flush()  # before the sentence, where both go to one file
+        raise ConfigError(plan.fitted.memory.explain())
     return 0
 
 
@@ -187,7 +189,7 @@ VERBS = {
         "run a request, or go on with it; without arguments: the shipped model over the shipped sample",
     ),
     "resume": Verb(_resume, "resume RUN_DIR [overrides]", f"finish what is missing; may change: {', '.join(MAY_CHANGE)}"),
-    "plan": Verb(_plan, "plan [overrides]", "what would happen: rows, units, memory, layout; needs no GPU and no checkpoint"),
+    "plan": Verb(_plan, "plan [overrides]", "what would happen: memory, layout, time, GPU-hours; needs no GPU and no checkpoint"),
     "status": Verb(_status, "status RUN_DIR [--watch]", "how far a run is"),
     "report": Verb(_report, "report RUN_DIR", "summary.json and a table"),
     "verify": Verb(_verify, "verify RUN_DIR", "check that every input row came out exactly once, unchanged"),
@@ -270,18 +272,3 @@ def _help(verb: str) -> int:
         valid = valid_range(f.metadata)
         print(f"{mark} {show(name, defaults[name])}\n      {f.metadata['help']}{f'; {valid}' if valid else ''}")
     return 0
-
-
-def _print_plan(report: PlanReport) -> None:
-    """A table on a terminal, plain aligned lines elsewhere."""
-    lines = report.lines()
-    if not sys.stdout.isatty():
-        print("\n".join(f"{what + ':':<20}{how}" for what, how in lines))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="plan", show_header=False)
-    for what, how in lines:
-        table.add_row(what, how)
-    Console().print(table)

@@ -16,21 +16,110 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class GPU:
-    """`memory_gib` is what CUDA can use, less than the label says; `tflops` is dense bfloat16 with float32 accumulation."""
+    """`memory_gib` is what CUDA can use, less than the label says; `tflops` is dense bfloat16 with float32 accumulation.
+
+    `read_gb_s` and `gemm_tflops` are what a program reaches: on H100 and H200 measured (docs/performance.md, csrc/README.md), on
+    the others the same shares of the label (0.89 and 0.78) unless the source says more.
+    """
 
     memory_gib: float
     bandwidth_gb_s: float
     tflops: float
+    read_gb_s: float
+    gemm_tflops: float
+    nvlink: str | None  # its name in LINKS
     nvml_name: str  # as the driver calls it, to the letter: variants differ in memory and speed
     source: str
 
 
 GPUS = {
-    "rtx4090": GPU(23.5, 1008, 165.2, "NVIDIA GeForce RTX 4090", "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-    "a100-80gb": GPU(79.1, 2039, 312, "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB SXM datasheet"),
-    "h100": GPU(79.1, 3350, 989, "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM datasheet (half of the figure with sparsity)"),
-    "h200": GPU(139.7, 4800, 989, "NVIDIA H200", "NVIDIA H200 SXM datasheet (half of the figure with sparsity)"),
+    "rtx4090": GPU(
+        memory_gib=23.5,
+        bandwidth_gb_s=1008,
+        tflops=165.2,
+        read_gb_s=897,
+        gemm_tflops=158,  # the issue below, products of 8,192 in float16
+        nvlink=None,
+        nvml_name="NVIDIA GeForce RTX 4090",
+        source="NVIDIA Ada GPU architecture whitepaper, appendix A; github.com/mli/transformers-benchmarks, issue 4",
+    ),
+    "a100-80gb": GPU(
+        memory_gib=79.1,
+        bandwidth_gb_s=2039,
+        tflops=312,
+        read_gb_s=1815,
+        gemm_tflops=243,
+        nvlink="nvlink3",
+        nvml_name="NVIDIA A100-SXM4-80GB",
+        source="NVIDIA A100 80GB SXM datasheet",
+    ),
+    "h100": GPU(
+        memory_gib=79.1,
+        bandwidth_gb_s=3350,
+        tflops=989,
+        read_gb_s=3080,
+        gemm_tflops=789,
+        nvlink="nvlink4",
+        nvml_name="NVIDIA H100 80GB HBM3",
+        source="NVIDIA H100 SXM datasheet (half of the figure with sparsity)",
+    ),
+    "h200": GPU(
+        memory_gib=139.7,
+        bandwidth_gb_s=4800,
+        tflops=989,
+        read_gb_s=4260,
+        gemm_tflops=763,
+        nvlink="nvlink4",
+        nvml_name="NVIDIA H200",
+        source="NVIDIA H200 SXM datasheet (half of the figure with sparsity)",
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the GPUs of a node. Bandwidths are of one GPU in one direction; `latency_us` is that of an all-reduce of a few
+    KB between two of them inside a CUDA graph, `hop_us` what each further one adds."""
+
+    bandwidth_gb_s: float
+    reached_gb_s: float
+    latency_us: float
+    hop_us: float
+    source: str
+
+
+LINKS = {
+    "nvlink4": Link(
+        bandwidth_gb_s=450,
+        reached_gb_s=330,
+        latency_us=6.1,
+        hop_us=0.0,
+        source="18 links of 25 GB/s (H100 datasheet). Two H200, two-shot over symmetric memory: 6.1 us at 8 KB, 108 us at 32 MB",
+    ),
+    "nvlink3": Link(
+        bandwidth_gb_s=300,
+        reached_gb_s=220,
+        latency_us=6.4,
+        hop_us=0.0,
+        source="12 links of 25 GB/s (A100 datasheet), of which the share that NVLink 4 reaches. NCCL takes 10.1 us between two "
+        "A100 (github.com/NVIDIA/nccl, issue 583), and 9.7 us on NVLink 4, where the other way takes 6.1",
+    ),
+    "pcie4": Link(
+        bandwidth_gb_s=31.5,
+        reached_gb_s=12,
+        latency_us=15,
+        hop_us=4.5,
+        source="16 GT/s x 16 lanes x 128/130 bits, through host memory, as GeForce boards have no peer-to-peer. NCCL counts on "
+        "24 GB/s (github.com/NVIDIA/nccl-tests, issue 307), here halved for traffic both ways. A word between two RTX 2080 Ti "
+        "takes 12 to 18 us (issue 117 there), an all-reduce among eight RTX 4090 42 us (github.com/NVIDIA/nccl, issue 1530)",
+    ),
+}
+
+
+def link_of(gpu: str, interconnect: str | None) -> Link:
+    """What joins several `gpu` of a node whose tier says nvlink, pcie or nothing: boards that have NVLink come with it."""
+    nvlink = GPUS[gpu].nvlink
+    return LINKS[nvlink] if nvlink is not None and interconnect != "pcie" else LINKS["pcie4"]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
 """Does it fit: the arithmetic of weights, activations and KV cache, before any GPU is touched.
 
 The engine measures what is really left and asks `kv_blocks` the same question; here the numbers are estimated from shapes.
-Also turns a hardware tier with `auto` in it into facts, since how many ranks a replica needs is a question of memory.
+Which layout of a node is best is not decided here (`job.layout`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from batchinfer import hardware
-from batchinfer.config import Config, ConfigError, EngineConfig, HardwareConfig, ModelConfig, check_together, show
-from batchinfer.model.config import DTYPE_BYTES, ModelShape, resolve_dtype
+from batchinfer.config import ConfigError, EngineConfig, HardwareConfig, ModelConfig, show
+from batchinfer.model.config import DTYPE_BYTES, ModelShape
 
 GIB = hardware.GIB
-CUDA_OVERHEAD = GIB  # context, cuBLAS workspaces, what the allocator cannot hand out again
-NCCL_OVERHEAD = GIB // 2  # channel buffers of one communicator
-CPU_OVERHEAD = GIB // 4  # torch and pyarrow once loaded
+# CUDA context, libraries, what the allocator cannot hand out again. On an H200 0.97 GiB went to this and to the working memory
+# together, of which 0.42 are derived here (docs/performance.md).
+CUDA_CONTEXT = 5 * GIB // 8
+COMMUNICATION = GIB // 2  # NCCL's channels and buffers that peers map, of one replica
+CPU_CONTEXT = GIB // 4  # torch and pyarrow once loaded
+GRAPH_TOKENS, GRAPH_SPACING = 512, 24  # `engine.cuda_graphs`: up to so many tokens at least; sizes lie so far apart in the mean
+SHORTEST_ADVICE = 128  # tokens of a sequence: to fit only shorter ones is no help
+MOST_RANKS = 8  # GPUs of the largest node that is advised
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,17 @@ class MemoryPlan:
     device_bytes: int
     usable_bytes: int
     weight_bytes: int
-    activation_bytes: int
-    overhead_bytes: int
+    activation_bytes: int  # working memory of the largest step, logits included
+    context_bytes: int
+    communication_bytes: int
+    graph_bytes: int  # not of the usable bytes: captured when the cache exists, out of what is left beside them
     kv_bytes_per_token: int
     num_blocks: int
     advice: str  # what would make it fit; empty when it does
+
+    @property
+    def overhead_bytes(self) -> int:
+        return self.context_bytes + self.communication_bytes
 
     @property
     def kv_tokens(self) -> int:
@@ -53,13 +65,28 @@ class MemoryPlan:
         """One sequence of the greatest length must be able to run to its end."""
         return self.concurrent_sequences > 0
 
+    @property
+    def total_bytes(self) -> int:
+        """Of everything, the captured graphs too."""
+        return self.weight_bytes + self.activation_bytes + self.overhead_bytes + self.kv_bytes + self.graph_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """For the KV cache; below 0 where even the rest does not fit."""
+        return self.usable_bytes - self.weight_bytes - self.activation_bytes - self.overhead_bytes
+
+    @property
+    def sequence_bytes(self) -> int:
+        """KV cache of one sequence of the greatest length, in whole blocks."""
+        return _blocks_of(self.max_model_len, self.block_size) * self.block_size * self.kv_bytes_per_token
+
     def explain(self) -> str:
         """One sentence: that it fits, or what is missing and what would help."""
         have = f"of {gib(self.device_bytes)} on {self.device} with hw.tensor_parallel={self.tensor_parallel}"
         if self.fits:
             need = f"{gib(self.weight_bytes)} of weights and {self.kv_tokens:,} tokens of KV cache"
             return f"{need} fit into {gib(self.usable_bytes)} {have}"
-        working, sequence = self.activation_bytes + self.overhead_bytes, self.max_model_len * self.kv_bytes_per_token
+        working, sequence = self.activation_bytes + self.overhead_bytes, self.sequence_bytes
         return (
             f"{gib(self.weight_bytes)} of weights, {gib(working)} of working memory and {gib(sequence)} of KV cache for one "
             f"sequence of {self.max_model_len:,} tokens do not fit into {gib(self.usable_bytes)} {have}; {self.advice}"
@@ -103,7 +130,9 @@ def _plan(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfi
     usable = int(device_bytes * engine.gpu_memory_utilization)
     weights = shape.weight_bytes(dtype, ranks)
     activations = _activation_bytes(shape, dtype, ranks, engine)
-    overhead = CPU_OVERHEAD if hw.gpu is None else CUDA_OVERHEAD + (NCCL_OVERHEAD if ranks > 1 else 0)
+    context = CPU_CONTEXT if hw.gpu is None else CUDA_CONTEXT
+    communication = COMMUNICATION if hw.gpu is not None and ranks > 1 else 0
+    free = usable - weights - activations - context - communication
     return MemoryPlan(
         device=hw.gpu or "a CPU process",
         tensor_parallel=ranks,
@@ -113,9 +142,11 @@ def _plan(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfi
         usable_bytes=usable,
         weight_bytes=weights,
         activation_bytes=activations,
-        overhead_bytes=overhead,
+        context_bytes=context,
+        communication_bytes=communication,
+        graph_bytes=0 if hw.gpu is None else _graph_bytes(shape, dtype, ranks, engine),
         kv_bytes_per_token=shape.kv_bytes_per_token(dtype, ranks),
-        num_blocks=kv_blocks(usable - weights - activations - overhead, shape, dtype, ranks, engine, max_model_len),
+        num_blocks=kv_blocks(free, shape, dtype, ranks, engine, max_model_len),
         advice="",
     )
 
@@ -138,72 +169,61 @@ def _device_bytes(hw: HardwareConfig) -> int:
 
 def _activation_bytes(shape: ModelShape, dtype: str, ranks: int, engine: EngineConfig) -> int:
     """Upper estimate of one layer's tensors for a full step, and of the float32 logits with two working copies."""
+    logits = 3 * engine.max_num_seqs * shape.vocab_size * 4
+    return engine.max_num_batched_tokens * _layer_bytes(shape, dtype, ranks) + logits
+
+
+def _layer_bytes(shape: ModelShape, dtype: str, ranks: int) -> int:
+    """Of a layer's tensors, for one token."""
     local = shape.local_sizes(ranks)
     attention = (2 * local.num_heads + 2 * local.num_kv_heads) * shape.head_dim
-    per_token = 3 * shape.hidden_size + attention + 3 * local.intermediate_size
-    logits = 3 * engine.max_num_seqs * shape.vocab_size * 4
-    return engine.max_num_batched_tokens * per_token * DTYPE_BYTES[dtype] + logits
+    return (3 * shape.hidden_size + attention + 3 * local.intermediate_size) * DTYPE_BYTES[dtype]
+
+
+def _graph_bytes(shape: ModelShape, dtype: str, ranks: int, engine: EngineConfig) -> int:
+    """Of the pool that captured steps share: a layer's tensors for the largest, and the hidden states that each leaves, two for
+    every size. What the driver keeps for a graph is not known, and not in it."""
+    if not engine.cuda_graphs:
+        return 0
+    largest = min(max(engine.max_num_seqs, GRAPH_TOKENS), engine.max_num_batched_tokens)
+    hidden = largest**2 // GRAPH_SPACING * shape.hidden_size * DTYPE_BYTES[dtype]  # 2 x sizes x half of the largest
+    return largest * _layer_bytes(shape, dtype, ranks) + hidden
 
 
 def _advice(plan: MemoryPlan, shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfig) -> str:
-    left = plan.usable_bytes - plan.weight_bytes - plan.activation_bytes - plan.overhead_bytes
-    tokens = left // plan.kv_bytes_per_token // plan.block_size * plan.block_size
-    options = [f"model.max_model_len={tokens}"] if tokens >= 2 else []
-    wider = next(
-        (
-            ranks
-            for ranks in (2, 4, 8)
-            if hw.gpu
-            and ranks > plan.tensor_parallel
-            and _divides(shape, ranks)
-            and _plan(shape, dtype, replace(hw, tensor_parallel=ranks), engine, plan.max_model_len).fits
-        ),
-        None,
-    )
-    if wider is not None:
-        room = "" if wider <= hw.gpus_per_node else f" on a tier with {wider} GPUs a node"
-        options.append(f"hw.tensor_parallel={wider}{room}")
-    return f"{' or '.join(options)} would fit" if options else "it needs a device with more memory"
+    """What would fit, the nearest first: shorter sequences, more ranks of the same GPU, other GPUs."""
+    tokens = max(0, plan.left_bytes) // plan.kv_bytes_per_token // plan.block_size * plan.block_size
+    options = [f"model.max_model_len={tokens}"] if tokens >= SHORTEST_ADVICE else []
+    length = plan.max_model_len
+    if hw.gpu is not None:
+        wider = _fewest_ranks(shape, dtype, hw, engine, length)
+        if wider is not None:
+            node = "" if hw.gpus_per_node % wider == 0 else f" on a node of {wider} x {hw.gpu}"
+            options.append(f"hw.tensor_parallel={wider}{node}")
+        options += _other_gpus(shape, dtype, hw, engine, length)
+    return f"{', or '.join(options)} would fit" if options else "it needs a device with more memory"
 
 
-def _divides(shape: ModelShape, ranks: int) -> bool:
+def _fewest_ranks(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfig, length: int) -> int | None:
+    """Of this GPU that hold one sequence; powers of two, as nodes are built."""
+    widths = [1 << i for i in range(MOST_RANKS.bit_length()) if divides(shape, 1 << i)]
+    plans = (_plan(shape, dtype, replace(hw, tensor_parallel=ranks), engine, length) for ranks in widths)
+    return next((plan.tensor_parallel for plan in plans if plan.fits), None)
+
+
+def _other_gpus(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: EngineConfig, length: int) -> Iterator[str]:
+    """GPUs of the table with more memory, and how many of them."""
+    have = _device_bytes(hw)
+    for gpu in hardware.GPUS:
+        other = replace(hw, gpu=gpu)
+        ranks = _fewest_ranks(shape, dtype, other, engine, length) if _device_bytes(other) > have else None
+        if ranks is not None:
+            yield f"{ranks} x {gpu}"
+
+
+def divides(shape: ModelShape, ranks: int) -> bool:
     try:
         shape.local_sizes(ranks)
     except ConfigError:
         return False
     return True
-
-
-def resolve_hw(config: Config, shape: ModelShape) -> HardwareConfig:
-    """`config.hw` with gpu and tensor_parallel as facts instead of `auto`. Raises ConfigError.
-
-    Automatic tensor parallelism is the smallest divisor of gpus_per_node with which the model fits: fewer ranks talk less.
-    """
-    hw = _resolve_gpu(config.hw)
-    check_together(replace(config, hw=hw), planning=True)
-    if hw.tensor_parallel != "auto":
-        shape.local_sizes(int(hw.tensor_parallel))
-        return hw
-    if hw.gpu is None:
-        return replace(hw, tensor_parallel=1)
-    return _smallest_that_fits(config, shape, hw)
-
-
-def _smallest_that_fits(config: Config, shape: ModelShape, hw: HardwareConfig) -> HardwareConfig:
-    dtype = resolve_dtype(config.model.dtype, shape, on_gpu=True)
-    length = max_model_len(config.model, shape)
-    divisors = [ranks for ranks in range(1, hw.gpus_per_node + 1) if hw.gpus_per_node % ranks == 0 and _divides(shape, ranks)]
-    tiers = [replace(hw, tensor_parallel=ranks) for ranks in divisors]
-    fitting = (tier for tier in tiers if _plan(shape, dtype, tier, config.engine, length).fits)
-    return next(fitting, tiers[-1])
-
-
-def _resolve_gpu(hw: HardwareConfig) -> HardwareConfig:
-    if hw.gpu != "auto":
-        return hw
-    seen = hardware.visible_gpus()
-    if not seen:
-        return replace(hw, gpu=None)
-    if hw.gpus_per_node > len(seen):
-        raise ConfigError(f"{show('hw.gpus_per_node', hw.gpus_per_node)}: must be at most {len(seen)}, the GPUs of this host")
-    return replace(hw, gpu=min(seen, key=lambda gpu: gpu.memory_bytes).gpu)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from batchinfer.display import duration
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import read_death, read_progress
 from batchinfer.job.rundir import RunDir
+from batchinfer.memory import gib
 from batchinfer.publish import replace_bytes
 from batchinfer.stats import QUANTILES, segments
 
@@ -30,7 +31,8 @@ SAMPLES, SAMPLE_CHARS = 3, 200
 Span = tuple[float, float]  # a replica's first step's start and last step's end
 FIRST_COLUMNS = ("shard", "row", "sample", "completion")
 SUMMED = ("steps", "prefill_seqs", "decode_seqs", "prefill_tokens", "prefix_hit_tokens", "preempted")
-STEP_COLUMNS = ["started", "duration_s", "kv_blocks_used", "kv_blocks_total", *SUMMED]
+STEP_COLUMNS = ["started", "duration_s", "kv_blocks_used", "kv_blocks_total", "gpu_memory_bytes", *SUMMED]
+SHORT = 0.95  # a prediction is of completions at full length: those with less than this share of it are spoken of
 
 
 class LogHistogram:
@@ -64,7 +66,7 @@ def summarise(run_dir: RunDir) -> dict[str, Any]:
     steps = _steps(run_dir)
     total, wall = sum(map(num_rows, manifest.units)), steps["wall_s"]
     rates = {"rows_s": rows["rows"], "tokens_in_s": rows["prompt_tokens"], "tokens_out_s": rows["completion_tokens"]}
-    return {
+    summary = {
         "run": str(run_dir.root),
         "complete": rows["units"] == len(manifest.units),
         "rows_total": total,
@@ -74,6 +76,24 @@ def summarise(run_dir: RunDir) -> dict[str, Any]:
         **{name: count / wall if wall else None for name, count in rates.items()},
         "replicas": _replicas(run_dir),
     }
+    return {**summary, "predicted": _predicted(run_dir, summary)}
+
+
+def _predicted(run_dir: RunDir, summary: Mapping[str, Any]) -> dict[str, dict[str, float | None]] | None:
+    """What was predicted beside what came. None without a prediction (on a CPU), or when submissions had unlike hardware."""
+    records = [json.loads(path.read_bytes()) for path in sorted(run_dir.submissions.glob("*/submission.json"))]
+    expected = [record.get("expected") for record in records]
+    if not expected or None in expected or len({(e["gpu"], e["gpus"], e["ranks"]) for e in expected}) > 1:
+        return None
+    newest, sequences, blocks = expected[-1], summary["samples"] - summary["error_rows"], summary["kv_blocks"]
+    actual = {
+        "tokens_out_s": summary["tokens_out_s"],
+        "completion_tokens_a_sequence": summary["completion_tokens"] / sequences if sequences else None,
+        "kv_tokens": None if blocks is None else blocks * newest["block_size"],
+        "gpu_memory_bytes": summary["gpu_memory_bytes"],
+    }
+    newest["completion_tokens_a_sequence"] = newest["completion_tokens"] / newest["sequences"]
+    return {name: {"predicted": newest[name], "actual": value} for name, value in actual.items()}
 
 
 def report(run_dir: RunDir) -> int:
@@ -139,6 +159,8 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
     spans: dict[str, Span] = {}
     sums: Counter[str] = Counter()
     kv_peak = 0.0
+    kv_blocks: set[int] = set()
+    gpu_memory = 0
     for replica, number in segments(run_dir):
         columns = _read_steps(run_dir.stats / f"{replica}-{number:06d}.parquet")
         values = {name: _floats(columns[name]) for name in STEP_COLUMNS}
@@ -147,6 +169,8 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         spans[replica] = (min(known[0], start), max(known[1], end))
         for name in SUMMED:
             sums[name] += int(values[name].sum())
+        kv_blocks.add(int(values["kv_blocks_total"].min()))
+        gpu_memory = max(gpu_memory, int(np.nan_to_num(values["gpu_memory_bytes"]).max()))  # null where no driver says
         kv_peak = max(kv_peak, float((values["kv_blocks_used"] / np.maximum(values["kv_blocks_total"], 1)).max()))
     steps = sums["steps"]
     return {
@@ -155,6 +179,8 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         "steps": steps,
         "mean_batch_size": (sums["prefill_seqs"] + sums["decode_seqs"]) / steps if steps else None,
         "kv_peak_share": kv_peak if steps else None,
+        "kv_blocks": min(kv_blocks, default=None),
+        "gpu_memory_bytes": gpu_memory or None,
         "preemptions": sums["preempted"],
         "prefill_tokens": sums["prefill_tokens"],
         "prefix_hit_tokens": sums["prefix_hit_tokens"],
@@ -229,6 +255,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             for what, key in (("first token", "ttft_s"), ("latency", "latency_s"), ("inter-token", "inter_token_s"))
         ),
         ("steps", _step_line(summary)),
+        *_predicted_lines(summary["predicted"]),
         *((f"replica {name}", _replica_line(replica)) for name, replica in summary["replicas"].items()),
     ]
     return [(what, how) for what, how in lines if how]
@@ -255,6 +282,29 @@ def _step_line(summary: Mapping[str, Any]) -> str:
         return ""
     batch, peak = f"{summary['mean_batch_size']:,.1f} sequences each", f"KV at most {summary['kv_peak_share']:.0%} used"
     return f"{summary['steps']:,}, {batch}, {peak}, {summary['preemptions']:,} preemptions"
+
+
+def _predicted_lines(predicted: Mapping[str, Mapping[str, float | None]] | None) -> Iterator[tuple[str, str]]:
+    """What came beside what was predicted."""
+    if predicted is None:
+        return
+    rate = _beside(predicted["tokens_out_s"], lambda value: f"{value:,.0f} tokens/s out")
+    yield "throughput", rate and rate + _short(predicted["completion_tokens_a_sequence"])
+    yield "KV cache", _beside(predicted["kv_tokens"], lambda value: f"{value:,.0f} tokens a replica")
+    yield "GPU memory", _beside(predicted["gpu_memory_bytes"], lambda value: gib(int(value)))
+
+
+def _beside(pair: Mapping[str, float | None], words: Callable[[float], str]) -> str:
+    expected, actual = pair["predicted"], pair["actual"]
+    if expected is None or actual is None:
+        return ""
+    return f"{words(actual)}, predicted {words(expected)} ({actual / expected - 1:+.1%})"
+
+
+def _short(pair: Mapping[str, float | None]) -> str:
+    """Said where the comparison limps."""
+    share = (pair["actual"] or 0.0) / (pair["predicted"] or 1.0)
+    return f", for completions at full length: these have {share:.0%} of it" if share < SHORT else ""
 
 
 def _replica_line(replica: Mapping[str, Any]) -> str:

@@ -10,11 +10,13 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+import yaml
 
 from batchinfer.cli import LATER, VERBS, main
 from batchinfer.config import Config
@@ -77,7 +79,8 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, Config]]:
     calls: list[tuple[Path, Config]] = []
     launch = types.ModuleType("batchinfer.job.launch")
 
-    def run_job(run_dir: RunDir, config: Config) -> int:
+    def run_job(run_dir: RunDir, config: Config, expected: dict[str, Any] | None) -> int:
+        assert (expected is None) == (config.hw.gpu is None), "predictions are of GPUs"
         calls.append((run_dir.root, config))
         return 0
 
@@ -206,10 +209,10 @@ def test_cancel_covers_the_submissions_so_far(request_words: list[str], placed: 
 
 
 def test_interrupt_is_130(request_words: list[str], placed: list[tuple[Path, Config]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising(run_dir: RunDir, config: Config) -> int:
+    def raising(run_dir: RunDir, config: Config, expected: None) -> int:
         raise KeyboardInterrupt
 
-    def returning(run_dir: RunDir, config: Config) -> int:
+    def returning(run_dir: RunDir, config: Config, expected: None) -> int:
         placed.append((run_dir.root, config))
         return 130
 
@@ -230,10 +233,42 @@ def test_plan_without_a_checkpoint_or_a_fit(request_words: list[str], capsys: py
     words = [word for word in request_words if not word.startswith(("model", "hw"))]
     assert main(["plan", *words, "model=llama3_70b", "hw=a100x8"]) == 0
     out = capsys.readouterr().out
-    assert "70,553,706,496 parameters in bfloat16" in out and "2 replicas of 4 ranks" in out and "no tokenizer" in out
+    assert "70,553,706,496 parameters in bfloat16" in out and "no tokenizer" in out
+    assert re.search(r"\ntime: +about \S+ s, [\d,]+ tokens/s out, \S+ GPU-hours\n", out)
     assert main(["plan", *words, "model=llama3_70b", "hw=rtx4090x2"]) == 2
     captured = capsys.readouterr()
     assert "80 rows" in captured.out and "do not fit into 21.1 GiB of 23.5 GiB on rtx4090" in captured.err
+    assert "may be used: DOES NOT FIT, 66.7 GiB are missing\n" in captured.out
+    assert "\nwould fit:          4 x a100-80gb, or 4 x h100, or 2 x h200\n" in captured.out and "\ntime:" not in captured.out
+
+
+def test_plan_on_two_small_cards(request_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """13B in float16: 24.2 GiB of weights are too many for one of 24 GB, half of them are not."""
+    words = [word for word in request_words if not word.startswith(("model", "hw"))]
+    assert main(["plan", *words, "model=llama13b", "hw=rtx4090x2"]) == 0
+    out = capsys.readouterr().out
+    assert "1 replica of 2 ranks (hw.tensor_parallel=auto)" in out and "21.1 GiB of 23.5 GiB may be used: fits" in out
+    for part in ("weights           12.1 GiB", "overhead          0.6 GiB of CUDA context, 0.5 GiB between ranks"):
+        assert f"\n  {part}\n" in out
+    assert re.search(r"\n  which holds       19,\d{3} tokens: 4 sequences of full length at once\n", out)
+    assert re.search(r"\n  2 x 1 +- +- +- +-  needs 28.5 GiB\n  1 x 2 +19,\d{3} +[\d,]+ +\S+ s +\S+  chosen\n", out)
+    assert "\x1b" not in out and max(map(len, out.splitlines())) < 100
+    assert main(["plan", *words, "model=llama13b", "hw=rtx4090x2", "hw.tensor_parallel=1"]) == 2
+    assert capsys.readouterr().err.endswith("; hw.tensor_parallel=2, or 1 x a100-80gb, or 1 x h100, or 1 x h200 would fit\n")
+
+
+def test_a_run_takes_the_layout_that_the_plan_shows(
+    request_words: list[str], checkpoint: Path, placed: list[tuple[Path, Config]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best for these rows, on a resume too."""
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    (checkpoint / "config.json").write_text(json.dumps(ARCHITECTURE | sizes))
+    words = [*(word for word in request_words if word != "hw=cpu"), "hw=h200x8", "model.dtype=bfloat16"]
+    assert main(["plan", *words]) == 0
+    chosen = re.search(r"\n  \d x (\d) .* chosen\n", capsys.readouterr().out)
+    assert chosen is not None and main(words) == 0 and main(["resume", "outputs/r"]) == 0
+    assert [config.hw.tensor_parallel for _, config in placed] == [int(chosen[1])] * 2
+    assert yaml.safe_load(Path("outputs/r/config.yaml").read_text())["hw"]["tensor_parallel"] == "auto"
 
 
 def test_help_shows_verbs_groups_and_keys(

@@ -16,7 +16,7 @@ from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
 from batchinfer.engine.sequence import StepStats
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
-from batchinfer.report import LogHistogram, _tail, _wall, report, summarise
+from batchinfer.report import LogHistogram, _tail, _wall, report, summarise, table
 from batchinfer.stats import StepRecorder
 
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}
@@ -127,6 +127,50 @@ def test_report_is_plain_without_a_terminal(run_dir: RunDir, capsys: pytest.Capt
     assert lines[1].endswith('y…"') and len(lines[1]) < 230
     assert lines[2] == 'a.parquet:0: "Third"'
     assert json.loads((run_dir.report / "summary.json").read_text()) == summarise(run_dir)
+
+
+EXPECTED = {"tokens_out_s": 3.0, "completion_tokens": 45, "sequences": 9, "kv_tokens": 150, "gpu_memory_bytes": 40 << 30}
+EXPECTED |= {"gpu": "h200", "gpus": 2, "ranks": 1, "block_size": 16}
+
+
+def submitted(run_dir: RunDir, *expected: dict | None) -> None:
+    for number, record in enumerate(expected, 1):
+        run_dir.submission(number).mkdir()
+        run_dir.submission_json(number).write_text(json.dumps({"kind": "local", "expected": record}))
+
+
+def test_predicted_beside_actual(run_dir: RunDir) -> None:
+    """Two replicas of 10 blocks; 4 rows of 5 tokens each in 8 seconds; no driver told of memory."""
+    submitted(run_dir, EXPECTED, EXPECTED)
+    summary = summarise(run_dir)
+    assert summary["predicted"] == {
+        "tokens_out_s": {"predicted": 3.0, "actual": 20 / 8},
+        "completion_tokens_a_sequence": {"predicted": 5.0, "actual": 5.0},
+        "kv_tokens": {"predicted": 150, "actual": 160},
+        "gpu_memory_bytes": {"predicted": 40 << 30, "actual": None},
+    }
+    lines = dict(table(summary))
+    assert lines["throughput"] == "2 tokens/s out, predicted 3 tokens/s out (-16.7%)"
+    assert lines["KV cache"] == "160 tokens a replica, predicted 150 tokens a replica (+6.7%)"
+    assert "GPU memory" not in lines
+
+
+def test_memory_that_the_driver_told_and_completions_that_were_short(run_dir: RunDir) -> None:
+    submitted(run_dir, EXPECTED | {"completion_tokens": 90})
+    path = run_dir.stats / "01-0-1-000000.parquet"
+    told = pq.read_table(path)
+    column = told.schema.get_field_index("gpu_memory_bytes")
+    pq.write_table(told.set_column(column, "gpu_memory_bytes", pa.array([1 << 30, 44 << 30] + [None] * 3, pa.int64())), path)
+    lines = dict(table(summarise(run_dir)))
+    assert lines["GPU memory"] == "44.0 GiB, predicted 40.0 GiB (+10.0%)"
+    assert lines["throughput"].endswith("(-16.7%), for completions at full length: these have 50% of it")
+
+
+@pytest.mark.parametrize("expected", [(), (None,), (EXPECTED, None), (EXPECTED, EXPECTED | {"ranks": 2})])
+def test_nothing_is_compared_without_a_prediction_or_with_several(run_dir: RunDir, expected: tuple) -> None:
+    submitted(run_dir, *expected)
+    summary = summarise(run_dir)
+    assert summary["predicted"] is None and not {"throughput", "KV cache", "GPU memory"} & dict(table(summary)).keys()
 
 
 def test_report_of_a_run_that_has_nothing_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from batchinfer.bench.floor import Ceilings
 from batchinfer.bench.task import Task, run_side
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from batchinfer.publish import replace_bytes
+from batchinfer.roofline import Ceilings
 from batchinfer.worker.__main__ import choose_device
 
 SIDE = "ceilings"

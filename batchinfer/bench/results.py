@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from batchinfer.bench.floor import Ceilings, Cost, Floor, Work, floor
+from batchinfer.bench.floor import Floor, floor, work_of
 from batchinfer.bench.task import Answer, Task, Timing
 from batchinfer.bench.workloads import Workload
 from batchinfer.model.config import load_shape
+from batchinfer.roofline import Ceilings, Cost
 
 OURS, CEILINGS, NAIVE = "batchinfer", "ceilings", "hf one by one"
 NAIVE_TARGET = 1.5  # at least so many times as fast as a first script with Hugging Face transformers
@@ -54,7 +55,7 @@ def _floor(task: Task, workload: Workload, ceilings: Ceilings | None, kv_tokens:
         return None
     model = task.config.model
     cost = Cost.of(load_shape(model), model.dtype, int(task.config.hw.tensor_parallel))
-    return floor(Work.of(workload.requests), cost, ceilings, kv_tokens)
+    return floor(work_of(workload.requests), cost, ceilings, kv_tokens)
 
 
 def _workload(workload: Workload, ours: Answer, others: Mapping[str, Answer], lowest: Floor | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
@@ -32,12 +33,14 @@ INTERRUPTED = 130
 SETTLE_S = 60.0  # jobs get so long to end by themselves once nothing is left to do, or once they are told to stop
 
 
-def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = None) -> int:
+def run_job(
+    run_dir: RunDir, config: Config, command: Sequence[str] | None = None, expected: Mapping[str, Any] | None = None
+) -> int:
     """Submit `config` (hardware resolved to facts) on a planned run; returns the exit code of the command line.
 
     0: complete, and not more error rows than allowed (or submitted, when `launcher.wait` is false); 1: rows are missing or
     too many are errors; 130: interrupted, everything that was started is stopped. Raises ConfigError when the jobs cannot
-    be placed. `command` stands in for torchrun and the worker (tests).
+    be placed. `expected`: what the plan predicts, kept for the report. `command` stands in for torchrun and the worker (tests).
     """
     kind = resolve_kind(config)
     check_placeable(kind, config)
@@ -50,10 +53,11 @@ def run_job(run_dir: RunDir, config: Config, command: Sequence[str] | None = Non
     jobs = make_jobs(run_dir, number, config, kind, command)
     with _stop_signals_interrupt(kind):
         if kind == "inline":
-            return _run_inline(run_dir, config, folder, jobs[0], logs)
-        _write_submission(folder, kind, [], config)  # before the jobs, which read their config there
+            _write_submission(folder, kind, [str(os.getpid())], config, expected)
+            return _run_inline(run_dir, config, jobs[0], logs)
+        _write_submission(folder, kind, [], config, expected)  # before the jobs, which read their config there
         placed: Placed = place_slurm(run_dir, config, folder, jobs) if kind == "slurm" else place_local(config, folder, jobs)
-        _write_submission(folder, kind, placed.ids, config)
+        _write_submission(folder, kind, placed.ids, config, expected)
         print(f"submission {number:02d}: {kind} jobs {', '.join(placed.ids)} on {run_dir.root}", flush=True)
         if not config.launcher.wait:
             print(f"watch it with: python -m batchinfer status {run_dir.root} --watch", flush=True)
@@ -145,10 +149,9 @@ def _cores_per_rank(config: Config, kind: str) -> int | None:
     return max(1, hardware.usable_cores() // ranks)
 
 
-def _run_inline(run_dir: RunDir, config: Config, folder: Path, job: NodeJob, logs: LogFollower | None) -> int:
+def _run_inline(run_dir: RunDir, config: Config, job: NodeJob, logs: LogFollower | None) -> int:
     """The job runs in this process's main thread, where its signal handlers must be, and the display in another one: so
     there is no second process whose death would have to be watched, and what `salloc` signals arrives at the job itself."""
-    _write_submission(folder, "inline", [str(os.getpid())], config)
     ended = threading.Event()
     watching = threading.Thread(target=_show_inline, args=(run_dir, ended, logs), name="display", daemon=True)
     watching.start()
@@ -262,7 +265,7 @@ def _scancel(ids: Sequence[str]) -> int:
     return len(ids)
 
 
-def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Config) -> None:
+def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Config, expected: Mapping[str, Any] | None) -> None:
     pid = os.getpid()
     record = {
         "kind": kind,
@@ -272,6 +275,7 @@ def _write_submission(folder: Path, kind: str, ids: Sequence[str], config: Confi
         "boot_id": boot_id(),
         "host": socket.gethostname(),
         "config": config.to_dict(),
+        "expected": expected,
     }
     replace_bytes(folder / "submission.json", json.dumps(record, indent=1).encode(), durable=True)
 

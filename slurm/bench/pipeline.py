@@ -43,7 +43,7 @@ from batchinfer.engine.ordering import order_window
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import Request, StepResult
 from batchinfer.job.manifest import Manifest, git_commit, versions
-from batchinfer.job.plan import freeze, resolved
+from batchinfer.job.plan import freeze, make_plan, resolved
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.parallel import TensorParallel
 from batchinfer.worker.__main__ import choose_device, keep_out_of_garbage_collection, step_before_all_else
@@ -220,7 +220,7 @@ def measure(
         alone = time.perf_counter() - begin
         alone_steps, alone_step = len(clock.steps), statistics.mean(clock.steps)
     config = replace(config, output=replace(config.output, dir=str(folder / f"run{number}")), seed=number)
-    run_dir = freeze(config)
+    run_dir = freeze(make_plan(config))
     assignment = Assignment(run_dir, Manifest.load(run_dir), config, run_dir.new_replica("bench"), None)
     progress = Progress(run_dir, assignment.name)
     progress.start()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from batchinfer import compose
-from batchinfer.bench.floor import Ceilings, Cost, Floor, Work, common_prefix, floor, gemm_seconds
+from batchinfer.bench.floor import Floor, floor, gemm_seconds, work_of
 from batchinfer.bench.workloads import BenchRequest, named_requests
 from batchinfer.model.config import ModelShape
+from batchinfer.roofline import Ceilings, Cost, Work, common_prefix
 
 # Measured on one H200 over Llama-2-7B shapes, all-reduces on two of them.
 H200 = Ceilings(
@@ -48,7 +49,7 @@ def h200_floor(name: str, workload: str, ranks: int) -> Floor:
     model = shape(name)
     memory = 139.8 * 0.9 * 2**30 * ranks - 2 * model.num_parameters()
     kv_tokens = int(memory / model.kv_bytes_per_token("bfloat16"))
-    return floor(Work.of(named_requests(workload)), Cost.of(model, "bfloat16", ranks), H200, kv_tokens)
+    return floor(work_of(named_requests(workload)), Cost.of(model, "bfloat16", ranks), H200, kv_tokens)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_full_cache_makes_requests_wait() -> None:
 
 def test_what_all_have_in_common_is_computed_once_and_read_once_a_step() -> None:
     alike = [BenchRequest([1, 2, 3, own], 2) for own in (7, 8, 9)]
-    work = Work.of(alike)
+    work = work_of(alike)
     assert work == Work(3, (1, 1, 1), (2, 2, 2))
     found = floor(work, SMALL, ROUND, kv_tokens=100)
     prefill = 100 * (1 + 2 + 3) + 3 * 100 * 4
@@ -111,7 +112,7 @@ def test_the_common_prefix_leaves_everyone_a_token() -> None:
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1
     assert common_prefix([[1, 2], [1, 2]]) == 1
     assert common_prefix([[1], [2]]) == 0
-    assert Work.of([BenchRequest([5, 6], 1)]) == Work(0, (2,), (1,))
+    assert work_of([BenchRequest([5, 6], 1)]) == Work(0, (2,), (1,))
 
 
 def test_a_gemm_takes_its_operations_or_its_weights() -> None:

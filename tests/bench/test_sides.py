@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from batchinfer.bench import ceilings, hf, ours, task
-from batchinfer.bench.floor import Ceilings
 from batchinfer.bench.workloads import BenchRequest, Workload
 from batchinfer.config import BenchConfig, Config, EngineConfig, HardwareConfig, InputConfig, ModelConfig
 from batchinfer.engine.engine import Engine, build_engine
 from batchinfer.engine.sequence import Request
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
+from batchinfer.roofline import Ceilings
 
 CPU = torch.device("cpu")
 ARCHITECTURE = {

@@ -27,6 +27,7 @@ from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import marked
 from batchinfer.job.replica import mark_of_job
 from batchinfer.job.rundir import RunDir
+from tests.test_report import EXPECTED
 
 GOLDEN = Path(__file__).parent / "golden.sbatch"
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}  # what the config insists on
@@ -94,11 +95,12 @@ def launched(run_dir: RunDir, config: Config, worker: tuple[str, ...]) -> subpro
 def test_local_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run(tmp_path, units=2)
     config = make_config(launcher={"kind": "local", "nodes": 2})
-    assert run_job(run_dir, config, command(tmp_path, "time.sleep(0.3); commit(int(name.split('-')[1]))")) == 0
+    worker = command(tmp_path, "time.sleep(0.3); commit(int(name.split('-')[1]))")
+    assert run_job(run_dir, config, worker, EXPECTED) == 0
     out = capfd.readouterr().out
     assert "4/4 rows (100%), 2/2 units; complete" in out and 'a:0: "Hello"' in out
     record = json.loads((run_dir.submissions / "01" / "submission.json").read_text())
-    assert record["kind"] == "local" and len(record["jobs"]) == 2
+    assert record["kind"] == "local" and len(record["jobs"]) == 2 and record["expected"] == EXPECTED
     assert json.loads((run_dir.report / "summary.json").read_text())["complete"]
 
 

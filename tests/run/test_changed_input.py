@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.compose import compose
-from batchinfer.job.plan import freeze
+from batchinfer.job.plan import freeze, make_plan
 from tests.run.jobs import ROOT, batchinfer, completions, environment
 
 REQUEST = [
@@ -61,7 +61,7 @@ def test_a_changed_shard_ends_the_job_with_its_name(tmp_path: Path, shard: str, 
     write(inputs / "a.parquet", 16)
     write(inputs / "b.parquet", 16)
     request = [*REQUEST, f"input.paths=['{inputs}']", f"output.dir={tmp_path}/run"]
-    freeze(compose(request))
+    freeze(make_plan(compose(request)))
     file = inputs / f"{shard}.parquet"
     CHANGES[change](file)
 
