@@ -94,10 +94,9 @@ __global__ void __launch_bounds__(kMaxThreads) push_kernel(const __grid_constant
 
 template <typename T, int kChunks, int kRanks>
 __global__ void __launch_bounds__(kMaxThreads) split_kernel(const __grid_constant__ ReduceNorm norm, const __grid_constant__ Peers peers,
-                                                            const int64_t shares) {
+                                                            const int64_t shares, const int64_t y_at) {
   __shared__ float scratch[kWarp];
   char* own = peers.memory[peers.rank];
-  const int64_t y_at = static_cast<char*>(norm.y) - own;  // the same on every rank
   Words* words = reinterpret_cast<Words*>(own + PeerLayout::kWords);
   const int row_bytes = norm.size * sizeof(T), part = part_of(norm.rows, kRanks);
   const auto share = [&](int row) { return shares + (static_cast<int64_t>(peers.rank) * part + row) * row_bytes; };
@@ -142,24 +141,17 @@ __global__ void __launch_bounds__(kMaxThreads) split_kernel(const __grid_constan
   }
 }
 
-// Flags and words begin as 0. The numbers are what copies take flags from.
-__device__ __forceinline__ int4 number_at(int64_t i) {
-  const int64_t first = i - PeerLayout::kNumbers / 16;
-  if (first < 0 || first >= kFlagNumbers / 4) return make_int4(0, 0, 0, 0);
-  return make_int4(4 * first, 4 * first + 1, 4 * first + 2, 4 * first + 3);
-}
-
 __global__ void clear_kernel(int4* memory, int64_t begin, int64_t end) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += static_cast<int64_t>(gridDim.x) * blockDim.x)
-    memory[i] = i < begin ? number_at(i) : make_int4(kNothing, kNothing, kNothing, kNothing);
+    memory[i] = i < begin ? make_int4(0, 0, 0, 0) : make_int4(kNothing, kNothing, kNothing, kNothing);
 }
 
 }  // namespace
 
 PeerLayout::PeerLayout(int count, int64_t push_capacity, int64_t split_capacity, int64_t row_bytes) {
-  slots = kNumbers + kFlagNumbers * sizeof(unsigned);
+  slots = kFlags + 2 * kMaxRanks * kMaxReduceBlocks * sizeof(unsigned);
   shares = slots + kSlots * count * push_capacity;
-  y = shares + split_capacity + kMaxPieces * count * row_bytes;  // parts are rounded up to whole rows
+  y = shares + split_capacity + count * row_bytes;  // parts are rounded up to whole rows
   bytes = y + split_capacity;
 }
 
@@ -188,7 +180,7 @@ void split_reduce_norm(const ReduceNorm& norm, const Peers& peers, int max_block
       const PeerLayout layout(kRanks, peers.push_capacity, peers.split_capacity, int64_t(norm.size) * sizeof(T));
       const int blocks = std::min({part_of(norm.rows, kRanks), num_multiprocessors(), max_blocks, kMaxReduceBlocks});
       launch("split_reduce_norm", split_kernel<T, kChunks, kRanks>, dim3(blocks), threads_for(chunks, kChunks), 0, stream, norm,
-             peers, layout.shares);
+             peers, layout.shares, layout.y);
     });
   });
 }

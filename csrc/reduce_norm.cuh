@@ -11,6 +11,13 @@ namespace batchinfer {
 
 constexpr int kMaxThreads = 1024;
 
+// Rows of a rank's part, and those that it really has: the last parts may be short.
+__host__ __device__ inline int part_of(int rows, int ranks) { return (rows + ranks - 1) / ranks; }
+__host__ __device__ inline int rows_of_part(int rows, int ranks, int rank) {
+  const int part = part_of(rows, ranks), left = rows - rank * part;
+  return left < 0 ? 0 : left < part ? left : part;
+}
+
 struct Words {
   unsigned push_call, push_done, push_bytes, split_call, split_done;
 };

@@ -10,8 +10,6 @@ namespace batchinfer {
 
 constexpr int kMaxRanks = 8;
 constexpr int kMaxReduceBlocks = 256;
-constexpr int kMaxPieces = 2;       // of a step, that are summed by copies at the same time
-constexpr int kFlagNumbers = 4096;  // of calls by copies, before they begin again
 
 // The memory that each rank gives to all, at the addresses where this rank sees it. All of it must be `peer_memory_clear`.
 struct Peers {
@@ -23,14 +21,13 @@ struct Peers {
 
 // What lies where in that memory. Words are only this rank's own; flags, slots, shares and y are written by the others.
 struct PeerLayout {
-  static constexpr int64_t kWords = 0, kCopyFlags = 1024, kFlags = 4096;
-  static constexpr int64_t kNumbers = kFlags + 2 * kMaxRanks * kMaxReduceBlocks * sizeof(unsigned);
+  static constexpr int64_t kWords = 0, kFlags = 4096;
   int64_t slots, shares, y, bytes;
   explicit PeerLayout(int count, int64_t push_capacity, int64_t split_capacity, int64_t row_bytes);
 };
 
 struct ReduceNorm {
-  void* y;               // [rows, size], dense; for `split_reduce_norm` in the peer memory, at the same place on every rank
+  void* y;               // [rows, size], dense; for `split_reduce_norm` the y of the peer memory
   void* total;           // sum of all ranks' x, plus residual: [rows, size], dense; may be the memory of x or of residual
   const void* x;         // this rank's summand [rows, size], dense
   const void* residual;  // [rows, size], dense, or null
@@ -42,22 +39,9 @@ struct ReduceNorm {
 // Every element is sent to every rank, and each rank sums and norms all rows: one way over the link. For few rows.
 void push_reduce_norm(const ReduceNorm& norm, const Peers& peers, Dtype dtype, cudaStream_t stream);
 
-// Rows of a rank's part, and those that it really has: the last parts may be short.
-__host__ __device__ inline int part_of(int rows, int ranks) { return (rows + ranks - 1) / ranks; }
-__host__ __device__ inline int rows_of_part(int rows, int ranks, int rank) {
-  const int part = part_of(rows, ranks), left = rows - rank * part;
-  return left < 0 ? 0 : left < part ? left : part;
-}
-
 // Each rank sums and norms its part of the rows, and sends the normed ones to all. `total` is valid only in those rows, which are
 // the same in every call with as many rows; so is `residual` read. `max_blocks`: how much of the device to take.
 void split_reduce_norm(const ReduceNorm& norm, const Peers& peers, int max_blocks, Dtype dtype, cudaStream_t stream);
-
-// The same, but that copy engines move everything, so that it runs beside a matrix product which takes the whole device. `piece`:
-// the number of these rows among those of the step that are summed at the same time; the first of them is `first_row`.
-// `call`: how many such calls came before, the same on every rank. Not for graphs.
-void copied_reduce_norm(const ReduceNorm& norm, const Peers& peers, int piece, int first_row, unsigned call, Dtype dtype,
-                        cudaStream_t stream);
 
 // Makes memory of `bytes` ready for its first use.
 void peer_memory_clear(char* memory, int64_t bytes, cudaStream_t stream);

@@ -106,15 +106,6 @@ void split_reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::op
   split_reduce_norm(norm, peers_of(addresses, rank, push_capacity, split_capacity), max_blocks, dtype_of(x), Stream(x));
 }
 
-void copied_reduce_norm_op(Tensor y, Tensor total, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                           double eps, const Tensor& addresses, int64_t rank, int64_t push_capacity, int64_t split_capacity,
-                           int64_t piece, int64_t first_row, int64_t call) {
-  const ReduceNorm norm = checked(y, total, x, residual, weight, eps, split_capacity);
-  require(piece >= 0 && piece < kMaxPieces, "copied_reduce_norm: there are at most 2 pieces");
-  copied_reduce_norm(norm, peers_of(addresses, rank, push_capacity, split_capacity), piece, first_row, call, dtype_of(x),
-                     Stream(x));
-}
-
 }  // namespace
 }  // namespace batchinfer
 
@@ -128,7 +119,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(batchinfer, m) {
       "int rank, int push_capacity, int split_capacity";
   m.def(("push" + sum + ") -> ()").c_str());
   m.def(("split" + sum + ", int max_blocks) -> ()").c_str());
-  m.def(("copied" + sum + ", int piece, int first_row, int call) -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchinfer, CUDA, m) {
@@ -138,5 +128,4 @@ STABLE_TORCH_LIBRARY_IMPL(batchinfer, CUDA, m) {
   m.impl("peer_map", TORCH_BOX(&batchinfer::peer_map_op));
   m.impl("push_reduce_norm", TORCH_BOX(&batchinfer::push_reduce_norm_op));
   m.impl("split_reduce_norm", TORCH_BOX(&batchinfer::split_reduce_norm_op));
-  m.impl("copied_reduce_norm", TORCH_BOX(&batchinfer::copied_reduce_norm_op));
 }

@@ -11,8 +11,7 @@ import pytest
 from batchinfer import topology
 from batchinfer.compose import compose, overlay
 from batchinfer.config import Config
-from batchinfer.memory import resolve_hw
-from batchinfer.model.config import load_shape
+from batchinfer.job.layout import resolve_gpu
 from tests.nvml import Driver
 
 
@@ -135,7 +134,7 @@ def test_of_different_gpus_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> 
     driver = host(monkeypatch, "NVIDIA H200", 140, 2)
     driver.gpus[1].update(name="NVIDIA A100-SXM4-80GB", gib=80)
     config = auto("hw.tensor_parallel=2")
-    assert resolve_hw(config, load_shape(config.model)).gpu == "a100-80gb"
+    assert resolve_gpu(config.hw).gpu == "a100-80gb"
 
 
 def test_a_run_that_moves_to_this_host_finds_its_links(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,11 +146,19 @@ class ModelRunner:
     def receive(self) -> Batch | None:
         """Other ranks: wait for rank 0's next batch; None when it has closed."""
         assert self.channel is not None, "rank 0 has nobody to receive from"
-        return self.channel.receive()
+        batch = self.channel.receive()
+        if batch is None:
+            self._release_graphs()
+        return batch
 
     def close(self) -> None:
         if self.channel is not None:
             self.channel.send_stop()
+        self._release_graphs()
+
+    def _release_graphs(self) -> None:
+        """NCCL does not end while graphs live that hold its sums."""
+        self.graphs = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Forward:

@@ -93,7 +93,7 @@ def _load(pieces: list[_Piece], device: torch.device) -> int:
 
 def _use(device: torch.device) -> None:
     """A thread begins with the first GPU, whatever the others have chosen."""
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
 
 

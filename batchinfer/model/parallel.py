@@ -21,21 +21,20 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of a step, or of the slowest rank'
 HOST_TIMEOUT = timedelta(days=7)  # ranks wait for the next batch as long as rank 0 waits for rows
 
 PIECES = 2
-OVERLAP_ROWS = 1024  # from here on a sum takes longer than products lose by being cut in pieces
+OVERLAP_ROWS = 1024  # from here on a sum by NCCL takes longer than products lose by being cut in pieces
 
 
 class Overlap:
-    """Sums of many rows in pieces, beside the products that give summands and take sums: a stream and two events for each.
+    """NCCL's sums of many rows in pieces, beside the products that give summands and take sums: a stream, and events for each.
 
-    `normed` [rows, D]: where the normed rows go, when they do not go to peer memory.
+    `normed` [rows, D]: where the normed rows go.
     """
 
-    def __init__(self, device: torch.device, normed: Tensor | None) -> None:
+    def __init__(self, normed: Tensor) -> None:
         self.normed = normed
-        self.streams = [torch.cuda.Stream(device, priority=-1) for _ in range(PIECES)]
+        self.stream = torch.cuda.Stream(normed.device, priority=-1)
         self.given = [torch.cuda.Event() for _ in range(PIECES)]
         self.summed = [torch.cuda.Event() for _ in range(PIECES)]
-        self.num_calls = 0
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class TensorParallel:
     """This process's place among the ranks that share a model. The default is a model of one rank.
 
     `group` carries tensors on the device, `host_group` (gloo) carries batches between hosts without a wait on the GPU, `peers`
-    is memory that the ranks' GPUs map of each other. With `overlap`, sums of many rows are cut in pieces: who has launched the
-    summands of a piece says so (`give`), the norm that comes next begins with all of them (`start_sums`), and who goes on with
-    a piece waits for it (`await_sum`).
+    is memory that the ranks' GPUs map of each other. With `overlap`, which is for GPUs without such memory, sums of many rows are
+    cut in pieces: who has launched the summands of a piece says so (`give`), the norm that comes next begins with all of them
+    (`start_sums`), and who goes on with a piece waits for it (`await_sum`).
     """
 
     rank: int = 0
@@ -85,47 +84,23 @@ class TensorParallel:
         self.overlap.given[index].record()
 
     def start_sums(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """`reduce_norm` of pieces that were given, each on its own stream. Returns what will be normed rows and residual.
+        """`reduce_norm` of pieces that were given, on a stream of its own. Returns what will be the normed rows and the residual.
 
-        They are written when the first piece has been given: whatever had their memory before must have ended by then. So the
-        residual takes the place of the old one, or of x, and the rest belongs to this module.
+        They are written when a piece has been given: whatever had their memory before must have ended by then. So the residual
+        takes the place of the old one, or of x, and the rows go where nothing else does.
         """
         overlap, total = self.overlap, x if residual is None else residual
         assert overlap is not None
-        if self.peers is not None:
-            normed = self.peers.y(x)
-        else:
-            assert overlap.normed is not None
-            normed = overlap.normed[: len(x)]
-        for index, piece in enumerate(self.pieces(len(x))):
-            before = None if residual is None else residual[piece]
-            with torch.cuda.stream(overlap.streams[index]):
+        normed = overlap.normed[: len(x)]
+        with torch.cuda.stream(overlap.stream):
+            for index, piece in enumerate(self.pieces(len(x))):
                 overlap.given[index].wait()
-                self._sum_piece(normed[piece], total[piece], x[piece], before, weight, eps, index, piece.start)
+                summed = self.all_reduce(x[piece])
+                if residual is not None:
+                    torch.add(summed, residual[piece], out=total[piece])
+                normed[piece] = ops.rms_norm(total[piece], weight, eps)  # type: ignore[assignment]  # a tensor
                 overlap.summed[index].record()
-        overlap.num_calls += 1
         return normed, total
-
-    def _sum_piece(
-        self,
-        normed: Tensor,
-        total: Tensor,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        index: int,
-        first_row: int,
-    ) -> None:
-        overlap, peers = self.overlap, self.peers
-        assert overlap is not None
-        if peers is not None:
-            calls = overlap.num_calls
-            return ops.copied_reduce_norm(peers, normed, total, x, residual, weight, eps, index, first_row, calls)
-        dist.all_reduce(x, group=self.group)
-        if residual is not None:
-            torch.add(x, residual, out=total)
-        normed.copy_(ops.rms_norm(total, weight, eps))  # type: ignore[arg-type]  # a tensor, since no residual was given
 
     def await_sum(self, index: int) -> None:
         """What is launched from here on may use the piece."""

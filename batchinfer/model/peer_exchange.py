@@ -28,8 +28,8 @@ def connect(
     if parallel.size == 1 or device.type != "cuda":
         return parallel
     peers = _share(parallel, max_rows, size * dtype.itemsize, device) if peer_memory else None
-    normed = None if peers else torch.empty(max_rows, size, dtype=dtype, device=device)
-    return replace(parallel, peers=peers, overlap=Overlap(device, normed))
+    overlap = None if peers else Overlap(torch.empty(max_rows, size, dtype=dtype, device=device))
+    return replace(parallel, peers=peers, overlap=overlap)
 
 
 def _share(parallel: TensorParallel, max_rows: int, row_bytes: int, device: torch.device) -> ops.PeerMemory | None:

@@ -27,7 +27,6 @@ from batchinfer.ops.peer_memory import ROW_BYTES as PEER_ROW_BYTES
 from batchinfer.ops.peer_memory import PeerMemory, reduce_norm
 from batchinfer.ops.peer_memory import allocate as allocate_peer_memory
 from batchinfer.ops.peer_memory import capacities as peer_capacities
-from batchinfer.ops.peer_memory import copied_into as copied_reduce_norm
 from batchinfer.ops.peer_memory import handle_of as peer_handle
 from batchinfer.ops.peer_memory import map_handle as map_peer
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
@@ -47,7 +46,6 @@ __all__ = [
     "apply_token_bitmask",
     "attention_takes",
     "choose_backend",
-    "copied_reduce_norm",
     "draw",
     "embedding",
     "empty_plan",

@@ -17,7 +17,7 @@ from batchinfer.ops.compiled import load_kernels
 HANDLE_BYTES = 64
 RANKS = (2, 4, 8)  # that there are kernels for
 ROW_BYTES = 32 << 10  # the longest row; all are multiples of 16
-PUSH_BYTES = {2: 3 << 20, 4: 512 << 10, 8: 256 << 10}  # by ranks: up to here pushing is faster
+PUSH_BYTES = {2: 3 << 20, 4: 512 << 10, 8: 192 << 10}  # by ranks: up to here pushing is faster
 ALL_BLOCKS = 256  # more than a device runs at once
 
 
@@ -80,30 +80,10 @@ def push(peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, 
 def split(
     peers: PeerMemory, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, max_blocks: int = ALL_BLOCKS
 ) -> tuple[Tensor, Tensor]:
-    """The way of many rows. `max_blocks`: how much of the device to take."""
+    """The way of many rows. `max_blocks`: how much of the device to take at most."""
     y, total = peers.y(x), torch.empty_like(x)
     torch.ops.batchinfer.split_reduce_norm(y, total, x, residual, weight, eps, *_where(peers), max_blocks)
     return y, total
-
-
-def copied_into(
-    peers: PeerMemory,
-    y: Tensor,
-    total: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    piece: int,
-    first_row: int,
-    call: int,
-) -> None:
-    """`split` in which copy engines move the rows, so that it runs beside a product: of rows from first_row on of a step's x.
-
-    y: those rows of `peers.y`. `piece`: 0 or 1, the number of these rows among those under way at once. `call`: how many calls
-    for this piece came before. Not for graphs.
-    """
-    torch.ops.batchinfer.copied_reduce_norm(y, total, x, residual, weight, eps, *_where(peers), piece, first_row, call)
 
 
 def _where(peers: PeerMemory) -> tuple[Tensor, int, int, int]:

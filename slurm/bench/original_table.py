@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from batchinfer.bench.floor import Ceilings, Cost, Work, floor
+from batchinfer.bench.floor import floor, work_of
 from batchinfer.bench.points import Point, measure
 from batchinfer.bench.results import NAIVE, OURS
 from batchinfer.bench.workloads import load_workloads
@@ -30,6 +30,7 @@ from batchinfer.config import Config, ConfigError
 from batchinfer.job.plan import resolved
 from batchinfer.memory import max_model_len
 from batchinfer.model.config import load_shape
+from batchinfer.roofline import Ceilings, Cost
 
 PLAIN = ("engine.attention_backend=reference", "engine.cuda_graphs=false")
 # Tokens/s and ms to the first token that the design claims: Llama 2 7B on RTX 4090s, and on A100s for four.
@@ -88,7 +89,7 @@ def predict(point: Point, config: Config) -> Seen | None:
     slower = ((MORE - 1) / MORE) / ((RANKS - 1) / RANKS)
     there = replace(ceilings, all_reduce=tuple((size, slower * seconds) for size, seconds in ceilings.all_reduce))
     costs = (Cost.of(shape, config.model.dtype, ranks) for ranks in (RANKS, MORE))
-    work, kv_tokens = Work.of(workload.requests), point.found["kv_tokens"]
+    work, kv_tokens = work_of(workload.requests), point.found["kv_tokens"]
     now, then = (floor(work, cost, rates, kv_tokens) for cost, rates in zip(costs, (ceilings, there), strict=True))
     own = point.found["workloads"]["custom"][OURS]
     seconds = then.sequential_s + own["seconds"] - now.sequential_s

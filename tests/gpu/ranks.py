@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from batchinfer.model.parallel import TensorParallel, init_distributed
 
-TIMEOUT_S = 60  # after which a rank that hangs says where, and ends
+TIMEOUT_S = 100  # after which a rank that hangs says where, and ends
 
 
 def sizes() -> list[int]:

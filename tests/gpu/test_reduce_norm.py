@@ -23,23 +23,18 @@ MAX_ROWS = 2048
 
 def summand(seed: int, rank: int, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """With zeros of both signs in it, since those are what an empty slot holds."""
-    made = torch.randn(rows, size, generator=torch.Generator().manual_seed(1000 * seed + rank))
-    made[torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)) < 0.1] = -0.0
-    return made.to(device, dtype)
+    generator = torch.Generator(device).manual_seed(1000 * seed + rank)
+    made = torch.randn(rows, size, generator=generator, device=device)
+    made[torch.rand(rows, size, generator=generator.manual_seed(seed), device=device) < 0.1] = -0.0
+    return made.to(dtype)
 
 
 def kept_rows(parallel: TensorParallel, x: Tensor) -> list[int]:
     """The rows whose residual this rank keeps up."""
-    assert parallel.peers is not None
-    pieces = parallel.pieces(len(x))
-    if len(pieces) == 1 and x.nbytes <= parallel.peers.push_bytes:
+    if parallel.peers is None or x.nbytes <= parallel.peers.push_bytes:
         return list(range(len(x)))
-    kept: list[int] = []
-    for piece in pieces:
-        rows = range(len(x))[piece]
-        each = -(-len(rows) // parallel.size)
-        kept += rows[parallel.rank * each : (parallel.rank + 1) * each]
-    return kept
+    each = -(-len(x) // parallel.size)
+    return list(range(len(x)))[parallel.rank * each : (parallel.rank + 1) * each]
 
 
 def reduce(parallel: TensorParallel, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +56,11 @@ def compare(parallel: TensorParallel, device: torch.device, seed: int, rows: int
         kept = kept_rows(parallel, x)
         eps = torch.finfo(dtype).eps
         assert isinstance(exact, Tensor)
-        torch.testing.assert_close(
-            residual[kept].double(), exact[kept], rtol=eps, atol=8 * eps if dtype == torch.float32 else 0.01 * eps
-        )
+        once = parallel.peers is not None and dtype != torch.float32  # else it is rounded before the residual is added, too
+        torch.testing.assert_close(residual[kept].double(), exact[kept], rtol=eps, atol=(0.01 if once else 8) * eps)
         exact_residual = exact.to(dtype)
         normed = reference.rms_norm(exact_residual.double(), weight.double(), EPS)
-        torch.testing.assert_close(y.double(), normed, rtol=4 * eps, atol=8 * eps)
+        torch.testing.assert_close(y.double(), normed, rtol=4 * eps, atol=16 * eps)
         others = [torch.empty_like(y) for _ in range(parallel.size)]
         dist.all_gather(others, y.clone())
         assert all(torch.equal(other, y) for other in others), "ranks hold different bits"
@@ -80,6 +74,14 @@ def shapes_and_types(parallel: TensorParallel, device: torch.device) -> None:
             largest_pushed = connected.peers.push_bytes // (size * dtype.itemsize)
             for rows in (1, 2, 3, 7, 133, 512, MAX_ROWS, min(largest_pushed, MAX_ROWS), min(largest_pushed + 1, MAX_ROWS)):
                 compare(connected, device, rows, rows, size, dtype)
+
+
+def by_nccl(parallel: TensorParallel, device: torch.device) -> None:
+    """Without memory in common: whole, and in pieces."""
+    for dtype in (torch.bfloat16, torch.float32):
+        connected = connect(parallel, MAX_ROWS, 4096, dtype, device, peer_memory=False)
+        for rows in (1, 133, 1023, 1024, 1337, MAX_ROWS):
+            compare(connected, device, rows, rows, 4096, dtype)
 
 
 def without_peers(parallel: TensorParallel, device: torch.device) -> None:
@@ -125,7 +127,7 @@ def graphs_in_any_order(parallel: TensorParallel, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("size", sizes())
-@pytest.mark.parametrize("work", [shapes_and_types, without_peers, graphs_in_any_order])
+@pytest.mark.parametrize("work", [shapes_and_types, by_nccl, without_peers, graphs_in_any_order])
 def test_on_ranks(size: int, work: object) -> None:
     run_ranks(size, work)  # type: ignore[arg-type]
 
