@@ -59,6 +59,8 @@ __global__ void __launch_bounds__(kMaxThreads) push_kernel(const __grid_constant
 
   for (int row = blockIdx.x; row < norm.rows; row += gridDim.x) {
     const auto at = [&](int i) { return chunk_at(i) < row_bytes ? static_cast<int64_t>(row) * row_bytes + chunk_at(i) : -1; };
+    int4 residual[kChunks];
+    load_residual(norm, at, residual);
     Row<T, kChunks> sums;
     sums.clear();
 #pragma unroll
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads) push_kernel(const __grid_constant
       for (int source = 0; source < kRanks; ++source) sums.add(i, received[source]);
     }
     Vector<T> y[kChunks];
-    sums.norm(norm, at, weight, scratch, y);
+    sums.norm(norm, at, residual, weight, scratch, y);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i)
       if (at(i) >= 0) y[i].store(reinterpret_cast<T*>(static_cast<char*>(norm.y) + at(i)));
@@ -146,6 +148,15 @@ __global__ void clear_kernel(int4* memory, int64_t begin, int64_t end) {
     memory[i] = i < begin ? make_int4(0, 0, 0, 0) : make_int4(kNothing, kNothing, kNothing, kNothing);
 }
 
+// How many run at once: blocks that wait for those of other ranks must not wait for each other's place.
+template <auto kKernel>
+int resident_blocks(unsigned threads) {
+  static int known[kMaxThreads / kWarp + 1];  // by warps; 0: not asked yet
+  int& blocks = known[threads / kWarp];
+  if (blocks == 0) check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0), "reduce_norm");
+  return blocks * num_multiprocessors();
+}
+
 }  // namespace
 
 PeerLayout::PeerLayout(int count, int64_t push_capacity, int64_t split_capacity, int64_t row_bytes) {
@@ -163,9 +174,10 @@ void push_reduce_norm(const ReduceNorm& norm, const Peers& peers, Dtype dtype, c
     dispatch_sizes(chunks, peers.count, [&](auto per_thread, auto ranks) {
       constexpr int kChunks = decltype(per_thread)::value, kRanks = decltype(ranks)::value;
       const PeerLayout layout(kRanks, peers.push_capacity, peers.split_capacity, 0);
-      const int blocks = std::min(norm.rows, num_multiprocessors());  // all of them run at once, since some wait for others
-      launch("push_reduce_norm", push_kernel<T, kChunks, kRanks>, dim3(blocks), threads_for(chunks, kChunks), 0, stream, norm,
-             peers, layout.slots);
+      constexpr auto kernel = push_kernel<T, kChunks, kRanks>;
+      const dim3 threads = threads_for(chunks, kChunks);
+      const int blocks = std::min(norm.rows, resident_blocks<kernel>(threads.x));
+      launch("push_reduce_norm", kernel, dim3(blocks), threads, 0, stream, norm, peers, layout.slots);
     });
   });
 }
@@ -178,9 +190,11 @@ void split_reduce_norm(const ReduceNorm& norm, const Peers& peers, int max_block
     dispatch_sizes(chunks, peers.count, [&](auto per_thread, auto ranks) {
       constexpr int kChunks = decltype(per_thread)::value, kRanks = decltype(ranks)::value;
       const PeerLayout layout(kRanks, peers.push_capacity, peers.split_capacity, int64_t(norm.size) * sizeof(T));
-      const int blocks = std::min({part_of(norm.rows, kRanks), num_multiprocessors(), max_blocks, kMaxReduceBlocks});
-      launch("split_reduce_norm", split_kernel<T, kChunks, kRanks>, dim3(blocks), threads_for(chunks, kChunks), 0, stream, norm,
-             peers, layout.shares, layout.y);
+      constexpr auto kernel = split_kernel<T, kChunks, kRanks>;
+      const dim3 threads = threads_for(chunks, kChunks);
+      const int most = std::min({resident_blocks<kernel>(threads.x), max_blocks, kMaxReduceBlocks});
+      launch("split_reduce_norm", kernel, dim3(std::min(part_of(norm.rows, kRanks), most)), threads, 0, stream, norm, peers,
+             layout.shares, layout.y);
     });
   });
 }

@@ -105,15 +105,15 @@ struct Row {
     for (int j = 0; j < V::kSize; ++j) sum[i][j] += to_float(v.values[j]);
   }
 
-  // The normed chunks. `at(i)`: byte offset of chunk i in the tensors, negative beyond the row.
+  // The normed chunks. `at(i)`: byte offset of chunk i in the tensors, negative beyond the row. `residual`: its chunks.
   template <typename At>
-  __device__ __forceinline__ void norm(const ReduceNorm& norm, At at, const V (&weight)[kChunks], float* scratch,
-                                       V (&y)[kChunks]) {
+  __device__ __forceinline__ void norm(const ReduceNorm& norm, At at, const int4 (&residual)[kChunks],
+                                       const V (&weight)[kChunks], float* scratch, V (&y)[kChunks]) {
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       if (at(i) < 0) continue;
-      if (norm.residual != nullptr) add(i, load16(norm.residual, at(i)));
+      add(i, residual[i]);
       V total;
 #pragma unroll
       for (int j = 0; j < V::kSize; ++j) {
@@ -135,6 +135,14 @@ struct Row {
 // The byte in a row where the i-th chunk of this thread begins.
 __device__ __forceinline__ int chunk_at(int i) { return static_cast<int>(threadIdx.x + i * blockDim.x) * 16; }
 
+// Before the summands have arrived: both then come at the same time. Zeros where there is no residual.
+template <int kChunks, typename At>
+__device__ __forceinline__ void load_residual(const ReduceNorm& norm, At at, int4 (&residual)[kChunks]) {
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i)
+    residual[i] = norm.residual != nullptr && at(i) >= 0 ? load16(norm.residual, at(i)) : make_int4(0, 0, 0, 0);
+}
+
 template <typename T, int kChunks>
 __device__ __forceinline__ void load_weight(const ReduceNorm& norm, Vector<T> (&weight)[kChunks]) {
 #pragma unroll
@@ -154,6 +162,8 @@ __device__ __forceinline__ void norm_part(const ReduceNorm& norm, const char* sh
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t whole = static_cast<int64_t>(rank * part + row) * row_bytes;
     const auto at = [&](int i) { return chunk_at(i) < row_bytes ? whole + chunk_at(i) : -1; };
+    int4 residual[kChunks];
+    load_residual(norm, at, residual);
     Row<T, kChunks> sums;
     sums.clear();
 #pragma unroll
@@ -166,7 +176,7 @@ __device__ __forceinline__ void norm_part(const ReduceNorm& norm, const char* sh
       }
     }
     Vector<T> y[kChunks];
-    sums.norm(norm, at, weight, scratch, y);
+    sums.norm(norm, at, residual, weight, scratch, y);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i)
       if (at(i) >= 0) store(at(i), *reinterpret_cast<const int4*>(y[i].values));

@@ -9,7 +9,7 @@
 namespace batchinfer {
 
 constexpr int kMaxRanks = 8;
-constexpr int kMaxReduceBlocks = 256;
+constexpr int kMaxReduceBlocks = 512;
 
 // The memory that each rank gives to all, at the addresses where this rank sees it. All of it must be `peer_memory_clear`.
 struct Peers {

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, pairwise
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from batchinfer.bench.task import Task, run_side
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
+from batchinfer.model.peer_exchange import connect
 from batchinfer.publish import replace_bytes
 from batchinfer.roofline import Ceilings
 from batchinfer.worker.__main__ import choose_device
@@ -69,7 +71,7 @@ def measure(shape: ModelShape, dtype: torch.dtype, parallel: TensorParallel, dev
         copy=_copy(dtype, device, scale),
         gemm=tuple(_gemm(shape, dtype, parallel.size, device, scale)),
         attention=_attention(shape, dtype, parallel.size, device, scale),
-        all_reduce=tuple(_all_reduce(dtype, parallel, device, scale)),
+        all_reduce=tuple(_all_reduce(shape, dtype, parallel, device, scale)),
     )
 
 
@@ -166,12 +168,22 @@ def _attention(shape: ModelShape, dtype: torch.dtype, tensor_parallel: int, devi
     return best
 
 
-def _all_reduce(dtype: torch.dtype, parallel: TensorParallel, device: torch.device, scale: Scale) -> Iterator[tuple[int, float]]:
+def _all_reduce(
+    shape: ModelShape, dtype: torch.dtype, parallel: TensorParallel, device: torch.device, scale: Scale
+) -> Iterator[tuple[int, float]]:
+    """By the faster of NCCL and the kernel over memory in common, which norms as well."""
     if parallel.size == 1:
         return
-    for num_bytes in scale.all_reduce_bytes:
-        x = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
-        yield num_bytes, seconds_of(lambda x=x: parallel.all_reduce(x), device, scale.rounds)  # type: ignore[misc]
+    row_bytes = shape.hidden_size * dtype.itemsize
+    sizes = [max(1, num_bytes // row_bytes) for num_bytes in scale.all_reduce_bytes]
+    connected = connect(parallel, sizes[-1], shape.hidden_size, dtype, device)
+    weight = torch.ones(shape.hidden_size, dtype=dtype, device=device)
+    for rows in dict.fromkeys(sizes):
+        x = torch.zeros(rows, shape.hidden_size, dtype=dtype, device=device)
+        ways: list[Callable[[], object]] = [partial(parallel.all_reduce, x)]
+        if connected.peers is not None:
+            ways.append(partial(connected.reduce_norm, x, None, weight, 1e-5))
+        yield x.nbytes, min(seconds_of(way, device, scale.rounds) for way in ways)
 
 
 def work(task: Task) -> None:

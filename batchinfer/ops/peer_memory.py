@@ -18,7 +18,7 @@ HANDLE_BYTES = 64
 RANKS = (2, 4, 8)  # that there are kernels for
 ROW_BYTES = 32 << 10  # the longest row; all are multiples of 16
 PUSH_BYTES = {2: 3 << 20, 4: 512 << 10, 8: 192 << 10}  # by ranks: up to here pushing is faster
-ALL_BLOCKS = 256  # more than a device runs at once
+ALL_BLOCKS = 512  # more than a device runs at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,12 @@ SHAPE = {
     "intermediate_size": 768,
     "vocab_size": VOCAB + 1,
 }
+WAYS: list[dict[str, object]] = [
+    {"check_ranks": True},
+    {"peer_memory": False, "check_ranks": True},
+    {"peer_memory": False, "max_num_batched_tokens": 2048},
+    {"cuda_graphs": False, "overlap": False, "max_num_batched_tokens": 2048},
+]
 
 
 def answer_on_rank(
@@ -80,9 +86,7 @@ def test_tokens_are_those_of_one_gpu(folder: Path, size: int, peer_memory: bool)
 
 
 @pytest.mark.parametrize("size", sizes())
-@pytest.mark.parametrize(
-    "engine", [{}, {"peer_memory": False}, {"cuda_graphs": False, "overlap": False}, {"max_num_batched_tokens": 2048}]
-)
+@pytest.mark.parametrize("engine", WAYS)
 def test_log_probabilities_are_as_near_as_those_of_one_gpu(folder: Path, size: int, engine: dict[str, object]) -> None:
     asked = requests()
     by_one = distance(folder, asked, run(engine_of(folder, "bfloat16"), asked))
