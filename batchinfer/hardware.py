@@ -91,18 +91,19 @@ class Link:
 LINKS = {
     "nvlink4": Link(
         bandwidth_gb_s=450,
-        reached_gb_s=330,
-        latency_us=6.1,
-        hop_us=0.0,
-        source="18 links of 25 GB/s (H100 datasheet). Two H200, two-shot over symmetric memory: 6.1 us at 8 KB, 108 us at 32 MB",
+        reached_gb_s=345,
+        latency_us=3.7,
+        hop_us=0.5,
+        source="18 links of 25 GB/s (H100 datasheet). Our kernel between two and four H200, with the norm in it: 3.6 and 4.6 us "
+        "at 10 KB, 122 and 185 us at 42 MB (docs/performance.md)",
     ),
     "nvlink3": Link(
         bandwidth_gb_s=300,
-        reached_gb_s=220,
-        latency_us=6.4,
-        hop_us=0.0,
+        reached_gb_s=230,
+        latency_us=3.9,
+        hop_us=0.5,
         source="12 links of 25 GB/s (A100 datasheet), of which the share that NVLink 4 reaches. NCCL takes 10.1 us between two "
-        "A100 (github.com/NVIDIA/nccl, issue 583), and 9.7 us on NVLink 4, where the other way takes 6.1",
+        "A100 (github.com/NVIDIA/nccl, issue 583), and 9.7 us on NVLink 4, where our kernel takes 3.6",
     ),
     "pcie4": Link(
         bandwidth_gb_s=31.5,

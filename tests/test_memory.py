@@ -59,18 +59,27 @@ def test_parts_stay_within_the_whole() -> None:
     assert plan.usable_bytes - block < used <= plan.usable_bytes
 
 
-def one_rank(model: str, gpu: str, *overrides: str) -> MemoryPlan:
+def one_rank(model: str, gpu: str, *overrides: str, ranks: int = 1) -> MemoryPlan:
     config = compose([f"model={model}", "hw=h200x1", f"hw.gpu={gpu}", *overrides], planning=True)
     shape = load_shape(config.model)
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-    return plan_memory(shape, dtype, replace(config.hw, tensor_parallel=1), config.engine, max_model_len(config.model, shape))
+    return plan_memory(shape, dtype, replace(config.hw, tensor_parallel=ranks), config.engine, max_model_len(config.model, shape))
 
 
-@pytest.mark.parametrize(("model", "measured"), [("llama7b", 229_984), ("mistral7b", 912_256)])
-def test_measured_kv_caches_are_predicted(model: str, measured: int) -> None:
-    """On one H200 (docs/performance.md), where one way or the other 5 % are promised."""
-    plan = one_rank(model, "h200", "model.max_model_len=2048")
-    print(f"{model}: predicted {plan.kv_tokens:,} tokens, measured {measured:,} ({plan.kv_tokens / measured - 1:+.2%})")
+@pytest.mark.parametrize(
+    ("model", "ranks", "measured"),
+    [
+        ("llama7b", 1, 229_984),
+        ("mistral7b", 1, 912_256),
+        ("llama7b", 2, 482_288),
+        ("llama13b", 2, 292_928),
+        ("llama13b", 4, 618_640),
+    ],
+)
+def test_measured_kv_caches_are_predicted(model: str, ranks: int, measured: int) -> None:
+    """On one to four H200 (docs/performance.md), where one way or the other 5 % are promised."""
+    plan = one_rank(model, "h200", "model.max_model_len=2048", ranks=ranks)
+    print(f"{model} TP {ranks}: predicted {plan.kv_tokens:,} tokens, measured {measured:,} ({plan.kv_tokens / measured - 1:+.2%})")
     assert plan.kv_tokens == pytest.approx(measured, rel=0.05)
 
 

@@ -30,25 +30,34 @@ def bench_work(name: str) -> Demand:
     return Demand(work, len(work.prompts))
 
 
-def predicted(model: str, hw: str, ranks: int, kv_tokens: int, demand: Demand) -> Prediction:
-    config, shape = asked(model, hw, f"hw.tensor_parallel={ranks}")
+def predicted(model: str, hw: str, ranks: int, kv_tokens: int, demand: Demand, *overrides: str) -> Prediction:
+    config, shape = asked(model, hw, f"hw.tensor_parallel={ranks}", *overrides)
     return predict(shape, "bfloat16", config.hw, config.engine, kv_tokens, demand, 1)
 
 
 @pytest.mark.parametrize(
-    ("model", "work", "kv_tokens", "measured"),
-    [  # docs/performance.md, one H200
-        ("llama7b", "mixed", 229_984, 48.4),
-        ("llama7b", "shared", 229_984, 7.69),
-        ("llama7b", "long_out", 229_984, 30.0),
-        ("llama7b", "single", 229_984, 0.472),
-        ("mistral7b", "mixed", 912_256, 29.1),
-        ("mistral7b", "single", 912_256, 0.518),
+    ("model", "ranks", "work", "kv_tokens", "measured"),
+    [  # docs/performance.md, one to four H200
+        ("llama7b", 1, "mixed", 229_984, 48.4),
+        ("llama7b", 1, "shared", 229_984, 7.69),
+        ("llama7b", 1, "long_out", 229_984, 30.0),
+        ("llama7b", 1, "single", 229_984, 0.472),
+        ("mistral7b", 1, "mixed", 912_256, 29.1),
+        ("mistral7b", 1, "single", 912_256, 0.518),
+        ("llama7b", 2, "mixed", 482_288, 26.3),
+        ("llama7b", 2, "single", 482_288, 0.310),
+        ("llama13b", 2, "mixed", 292_928, 43.2),
+        ("llama13b", 2, "long_out", 292_928, 23.8),
+        ("llama13b", 2, "single", 292_928, 0.516),
+        ("llama13b", 4, "long_out", 618_640, 14.2),
+        ("llama13b", 4, "single", 618_640, 0.359),
     ],
 )
-def test_measured_times_are_predicted(model: str, work: str, kv_tokens: int, measured: float) -> None:
-    found = predicted(model, "h200x1", 1, kv_tokens, bench_work(work))
-    print(f"{model} {work}: predicted {found.seconds:.3f} s, measured {measured} ({found.seconds / measured - 1:+.1%})")
+def test_measured_times_are_predicted(model: str, ranks: int, work: str, kv_tokens: int, measured: float) -> None:
+    found = predicted(model, "h200x8", ranks, kv_tokens, bench_work(work), f"hw.gpus_per_node={ranks}")
+    print(
+        f"{model} TP {ranks} {work}: predicted {found.seconds:.3f} s, measured {measured} ({found.seconds / measured - 1:+.1%})"
+    )
     assert found.seconds == pytest.approx(measured, rel=WITHIN)
 
 
@@ -86,7 +95,7 @@ def test_an_all_reduce_is_a_latency_and_its_bytes() -> None:
     assert all_reduce_seconds(link, 0, 2) == pytest.approx(5e-6)
     assert all_reduce_seconds(link, 0, 4) == pytest.approx(9e-6)
     assert all_reduce_seconds(link, 1e9, 4) == pytest.approx(9e-6 + 1.5 * 0.01)
-    measured = {8 << 10: 6.1e-6, 2 << 20: 13.0e-6, 32 << 20: 108e-6}  # two H200, two-shot over symmetric memory
+    measured = {10_240: 3.6e-6, 1_310_720: 7.6e-6, 5_242_880: 20.1e-6, 20_971_520: 64.8e-6, 41_943_040: 121.9e-6}  # two H200
     for num_bytes, seconds in measured.items():
         assert all_reduce_seconds(LINKS["nvlink4"], num_bytes, 2) == pytest.approx(seconds, rel=0.06)
 
