@@ -79,7 +79,8 @@ def one_rank(model: str, gpu: str, *overrides: str, ranks: int = 1) -> MemoryPla
 def test_measured_kv_caches_are_predicted(model: str, ranks: int, measured: int) -> None:
     """On one to four H200 (docs/performance.md), where one way or the other 5 % are promised."""
     plan = one_rank(model, "h200", "model.max_model_len=2048", ranks=ranks)
-    print(f"{model} TP {ranks}: predicted {plan.kv_tokens:,} tokens, measured {measured:,} ({plan.kv_tokens / measured - 1:+.2%})")
+    off = plan.kv_tokens / measured - 1
+    print(f"{model} TP {ranks}: predicted {plan.kv_tokens:,} tokens, measured {measured:,} ({off:+.2%})")
     assert plan.kv_tokens == pytest.approx(measured, rel=0.05)
 
 
