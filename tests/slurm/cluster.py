@@ -1,9 +1,9 @@
 """A real SLURM on one machine, from Debian's packages: munged, slurmctld, and eight slurmd that take themselves for nodes.
 
-Every node has a host name of its own (a UTS namespace) and its own view of the mounts, claims 16 CPUs, 64 GB and 4 GPUs
-(character devices without a driver behind them), and shares network, processes and files with the others. There is no
-accounting: what we ask is asked of squeue and scontrol. Everything lies below `ROOT`, is found through SLURM_CONF alone, and is
-gone afterwards.
+Every node has a host name, processes and mounts of its own (namespaces), so that none sees another's processes, and one goes
+down whole. It claims 16 CPUs, 64 GB and 4 GPUs (character devices without a driver behind them). Network and files are shared.
+There is no accounting: what we ask is asked of squeue and scontrol. Everything lies below `ROOT`, is found through SLURM_CONF
+alone, and is gone afterwards.
 
 There is one cluster, whoever uses it: `shared` starts it for the first of several pytest processes, and a guard, which waits
 for the lock that all users hold, stops it behind the last, however that one ended. `python tests/slurm/cluster.py` holds one
@@ -59,7 +59,7 @@ StateSaveLocation={ROOT}/state
 SlurmctldPidFile={ROOT}/slurmctld.pid
 SlurmctldLogFile={ROOT}/slurmctld.log
 SlurmdSpoolDir={ROOT}/spool.%n
-SlurmdPidFile={ROOT}/%n.pid
+SlurmdPidFile={ROOT}/%n.slurmd.pid
 SlurmdLogFile={ROOT}/%n.log
 PlugStackConfig=/dev/null
 SlurmdParameters=config_overrides
@@ -171,30 +171,36 @@ class Cluster:
         (ROOT / "hosts").write_text(Path("/etc/hosts").read_text() + names)
 
     def start_node(self, name: str) -> None:
-        inside = f"mount --bind {ROOT}/hosts /etc/hosts && hostname {name} && exec slurmd -N {name}"
-        _run("unshare", "--uts", "--mount", "sh", "-c", inside, env={"SLURM_CONF": f"{ROOT}/slurm.conf"})
+        """Its processes live and die with `unshare`; the shell inside is their init, which buries orphans."""
+        inside = f"mount --bind {ROOT}/hosts /etc/hosts && hostname {name} && {{ slurmd -D -N {name} & wait; }}"
+        namespaces = ["--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        with open(ROOT / "start.log", "ab") as log:
+            process = subprocess.Popen(
+                ["unshare", *namespaces, "sh", "-c", inside],
+                env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        (ROOT / f"{name}.unshare").write_text(str(process.pid))
 
     def kill_node(self, name: str) -> None:
         """All its processes at once, as when the power goes; and SLURM, which would notice by SlurmdTimeout, is told so."""
-        for pid in self.processes(name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        os.kill(self._unshare(name), signal.SIGKILL)
         self.ask("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
 
     def revive_node(self, name: str) -> None:
         self.start_node(name)
         self.ask("scontrol", "update", f"nodename={name}", "state=resume")
 
-    def processes(self, name: str) -> list[int]:
-        """Every process of a node: they share its slurmd's host name."""
-        place = _namespace(_pid(ROOT / f"{name}.pid"))
-        pids = (int(folder) for folder in os.listdir("/proc") if folder.isdecimal())
-        return [pid for pid in pids if place is not None and _namespace(pid) == place]
+    def _unshare(self, name: str) -> int:
+        pid = _pid(ROOT / f"{name}.unshare")
+        assert pid is not None, f"{name} is down"
+        return pid
 
     @contextlib.contextmanager
     def hidden(self, name: str, folder: Path) -> Iterator[None]:
         """A node on which this folder is empty, as when a file system is not mounted there."""
-        inside = ["nsenter", f"--target={_pid(ROOT / f'{name}.pid')}", "--mount"]
+        parent = self._unshare(name)
+        (init,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        inside = ["nsenter", f"--target={init}", "--mount"]
         _run(*inside, "mount", "-t", "tmpfs", "none", str(folder))
         try:
             yield
@@ -202,18 +208,11 @@ class Cluster:
             _run(*inside, "umount", "-l", str(folder))
 
     def stop(self) -> None:
-        """Jobs first, then the daemons; what does not end is killed."""
-        with contextlib.suppress(subprocess.SubprocessError):
-            self.ask("scancel", "--user=root")
-            eventually(lambda: not self.jobs(), 10)
-        pids = [pid for path in (ROOT / "slurmctld.pid", *ROOT.glob("node*.pid"), ROOT / "munged.pid") if (pid := _pid(path))]
-        left = {pid for name in NODES for pid in self.processes(name)} | set(pids)
+        """Nothing of it is kept, so nothing has to end in order: its jobs, whoever they belong to, die with their nodes."""
+        pids = [pid for path in (*ROOT.glob("*.unshare"), ROOT / "slurmctld.pid", ROOT / "munged.pid") if (pid := _pid(path))]
         for pid in pids:
-            os.kill(pid, signal.SIGTERM)
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: not any(map(_lives, pids)), 10)
-        for pid in filter(_lives, left):
             os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(map(_lives, pids)), 10)
         shutil.rmtree(ROOT, ignore_errors=True)
 
 
@@ -244,12 +243,6 @@ def _lives(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
-
-
-def _namespace(pid: int | None) -> str | None:
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{pid}/ns/uts")
-    return None
 
 
 if __name__ == "__main__":
