@@ -31,7 +31,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
 MAX_ARRAY_SIZE = 33
 CONTROLLER_PORT, FIRST_NODE_PORT = 26817, 27001
 
-# cred_expire is also how long a requeued job waits before it starts again. preempt_send_user_signal: preemption sends the job's
+# cred_expire is also how long a requeued job waits before it starts again; less than 5 means 120. preempt_send_user_signal: preemption sends the job's
 # own warning signal. config_overrides: nodes may claim more than the host has. The partitions keep scenarios out of each other's
 # way: `normal` for whole arrays, `preempt` below `urgent` on a node of their own, and nodes of `fragile` may die.
 SLURM_CONF = f"""\
@@ -42,7 +42,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={ROOT}/munge.socket,cred_expire=4
+AuthInfo=socket={ROOT}/munge.socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
