@@ -31,9 +31,10 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
 MAX_ARRAY_SIZE = 33
 CONTROLLER_PORT, FIRST_NODE_PORT = 26817, 27001
 
-# cred_expire is also how long a requeued job waits before it starts again; less than 5 means 120. preempt_send_user_signal: preemption sends the job's
-# own warning signal. config_overrides: nodes may claim more than the host has. The partitions keep scenarios out of each other's
-# way: `normal` for whole arrays, `preempt` below `urgent` on a node of their own, and nodes of `fragile` may die.
+# cred_expire is also how long a requeued job waits before it starts again; less than 5 means 120. preempt_send_user_signal:
+# preemption sends the job's own warning signal. config_overrides: nodes may claim more than the host has. The partitions keep
+# scenarios out of each other's way: `normal` for whole arrays, `preempt` below `urgent` on a node of their own, and nodes of
+# `fragile` may die.
 SLURM_CONF = f"""\
 ClusterName=tests
 SlurmctldHost={{host}}(127.0.0.1)
@@ -190,6 +191,12 @@ class Cluster:
         self.start_node(name)
         self.ask("scontrol", "update", f"nodename={name}", "state=resume")
 
+    def kill_worker(self, run_dir: Path, rank: int) -> None:
+        """SIGKILL to this rank of the newest replica of a run, wherever it is: we see the processes of all nodes."""
+        newest = max((run_dir / "replicas").iterdir(), key=lambda path: path.stat().st_ctime).name
+        (pid,) = _processes(f"-u -m batchinfer.worker {run_dir} --replica {newest} ", f"RANK={rank}")
+        os.kill(pid, signal.SIGKILL)
+
     def _unshare(self, name: str) -> int:
         pid = _pid(ROOT / f"{name}.unshare")
         assert pid is not None, f"{name} is down"
@@ -237,6 +244,15 @@ def _pid(path: Path) -> int | None:
         pid = int(path.read_text())
         return pid if _lives(pid) else None
     return None
+
+
+def _processes(words: str, variable: str) -> Iterator[int]:
+    """Processes with these words in their command, and this entry in their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+            if words.encode() in command and variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name)
 
 
 def _lives(pid: int) -> bool:
