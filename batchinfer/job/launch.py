@@ -27,6 +27,7 @@ from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.site import check_limits
 from batchinfer.publish import replace_bytes
 
 INTERRUPTED = 130
@@ -94,6 +95,7 @@ def check_placeable(kind: str, config: Config) -> None:
         for program in ("sbatch", "srun"):
             if shutil.which(program) is None:
                 raise ConfigError(f"launcher.kind=slurm: {program} is not on the PATH; without SLURM use launcher=local")
+        check_limits(config)
     elif hw.gpu is not None and len(outer_devices(hw.gpus_per_node)) < hw.gpus_per_node:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
         raise ConfigError(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tests.run.jobs import batchinfer, start
 from tests.slurm.cluster import Cluster, eventually
-from tests.slurm.request import PATIENCE_S, REQUEST, committed, ended_well, hosts, in_the_middle, logs, replicas, submit
+from tests.slurm.request import PATIENCE_S, committed, ended_well, hosts, in_the_middle, logs, on_slurm, replicas, submit
 
 
 def test_an_array_over_four_nodes(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
     """The launching terminal stays, and the run can be looked at from another one."""
     log, whole_nodes = run_dir.with_name("log"), "hw.cpus_per_gpu=9"  # of 16: no two jobs on one
-    job = start(*REQUEST, "launcher=slurm", "launcher.nodes=4", whole_nodes, f"output.dir={run_dir}", log=log)
+    job = start(*on_slurm(run_dir), "launcher.nodes=4", whole_nodes, log=log)
     in_the_middle(run_dir, 1)
     assert "4 replicas (" in batchinfer("status", run_dir).stdout
     assert job.wait(timeout=PATIENCE_S) == 0, log.read_text()
@@ -63,7 +63,7 @@ def test_a_node_goes_down(cluster: Cluster, run_dir: Path, undisturbed: dict) ->
 
 def test_scancel_ends_the_run_and_resume_goes_on(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
     log = run_dir.with_name("log")
-    job = start(*REQUEST, "launcher=slurm", f"output.dir={run_dir}", log=log)
+    job = start(*on_slurm(run_dir), log=log)
     in_the_middle(run_dir)
     cluster.ask("scancel", f"--name={run_dir.name}")
     assert job.wait(timeout=60) == 1
@@ -83,7 +83,7 @@ def test_cancelled_from_another_shell_means_cancelled(cluster: Cluster, run_dir:
 
 def test_ctrl_c_in_the_launching_terminal_cancels_the_jobs(cluster: Cluster, run_dir: Path) -> None:
     log = run_dir.with_name("log")
-    job = start(*REQUEST, "launcher=slurm", f"output.dir={run_dir}", log=log)
+    job = start(*on_slurm(run_dir), log=log)
     eventually(lambda: "submission 01" in log.read_text(), PATIENCE_S)
     job.send_signal(signal.SIGINT)
     assert job.wait(timeout=60) == 130, log.read_text()
