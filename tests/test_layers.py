@@ -21,7 +21,7 @@ LAYERS = {
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
     "bench.ceilings worker.peers bench.points job.outlook",
-    "machines": "engine.engine job.placing job.node job.replica job.span",
+    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
     "model.loader engine.rank_check job.demand job.layout job.site",

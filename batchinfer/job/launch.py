@@ -135,6 +135,7 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
             replicas=hw.gpus_per_node * hw.nodes_per_replica // ranks,
             tensor_parallel=ranks,
             nodes=hw.nodes_per_replica,
+            max_requeues=launcher.max_requeues,
             visible_devices=() if hw.gpu is None else devices,
             env={name: str(value) for name, value in hw.env.items()},
             cpus_per_rank=hw.cpus_per_gpu or _cores_per_rank(config, kind),

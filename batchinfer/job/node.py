@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from batchinfer.job.left_out import has_failed_here, left_out, node_name, requeue_elsewhere
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
@@ -74,6 +75,7 @@ class NodeJob:
     setup: tuple[str, ...] = ()
     nodes: int = 1
     max_restarts: int = 2
+    max_requeues: int = 0
     grace_s: float = 10.0
     worker_module: str = "batchinfer.worker"
     command: tuple[str, ...] | None = None
@@ -146,6 +148,8 @@ class _Node:
             return STOPPED
         self._write_identity()
         with SignalNotes() as notes:
+            if node_name() in left_out(self.run_dir, self.job.submission):
+                self._leave_node()
             try:
                 for slot in range(self.job.replicas):
                     self._start(slot)
@@ -153,9 +157,20 @@ class _Node:
             finally:
                 for replica in self.running.values():
                     replica.kill()
-            if not stopped:
-                return FAILED if self.failed and not is_complete(self.run_dir) else DONE
-            return self._after_stop(notes)
+            if stopped:
+                return self._after_stop(notes)
+            if not self.failed or is_complete(self.run_dir):
+                return DONE
+            self._leave_node()
+            return FAILED
+
+    def _leave_node(self) -> None:
+        """Under SLURM, where a node is at fault and not the request: the job goes on elsewhere. Then this does not return."""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or restarts >= self.job.max_requeues:
+            return
+        if has_failed_here(self.run_dir, self.job.submission) and requeue_elsewhere(self.run_dir, self.job.submission):
+            sys.exit(1)  # as submitit leaves a job that it has put back: without a result
 
     def _watch(self, notes: SignalNotes) -> bool:
         """Until every replica has ended. True: they were stopped."""
@@ -183,7 +198,9 @@ class _Node:
         replica.kill()  # torchrun killed by SIGKILL leaves ranks behind, and they hold GPU memory
         self.failed.discard(slot)
         if code not in (DONE, STOPPED):
-            self._died(slot, replica.death(code), replica.has_committed())
+            made_progress = replica.has_committed()
+            node = node_name() if self.job.nodes == 1 else ""
+            self._died(slot, replace(replica.death(code), node=node, early=not made_progress), made_progress)
 
     def _died(self, slot: int, death: Death, made_progress: bool) -> None:
         """Restart what had made progress: what dies before its first commit would only die again."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer.config import Config, ConfigError
+from batchinfer.job.left_out import left_out
 from batchinfer.job.node import NodeJob, identity_of_job
 from batchinfer.job.process import boot_id, is_alive, kill_marked, send
 from batchinfer.job.replica import mark_of_job
@@ -160,12 +161,19 @@ def sbatch_parameters(run_dir: RunDir, config: Config) -> dict[str, Any]:
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "setup": [*(f"module load {name}" for name in hw.modules), *launcher.setup] or None,
+        "exclude": ",".join(_excluded(run_dir)) or None,
         "array_parallelism": launcher.array_parallelism or launcher.nodes,
         "signal_delay_s": _signal_delay(config),
         "stderr_to_stdout": True,
         "additional_parameters": _additional(config),
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _excluded(run_dir: RunDir) -> list[str]:
+    """Nodes that an earlier submission left out."""
+    numbers = [int(name) for name in os.listdir(run_dir.submissions) if name.isdecimal()]
+    return sorted({node for number in numbers for node in left_out(run_dir, number)})
 
 
 def _srun_args(cpus: int | None, nodes: int) -> list[str]:

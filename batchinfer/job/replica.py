@@ -43,6 +43,8 @@ class Death:
     reason: str
     log: str
     restarted_as: str | None = None
+    node: str = ""  # by SLURM's name; empty when it spanned several
+    early: bool = False  # before it had committed anything
 
     def sentence(self) -> str:
         then = f"restarted as {self.restarted_as}" if self.restarted_as else "not restarted"
