@@ -148,7 +148,7 @@ class _Node:
             return STOPPED
         self._write_identity()
         with SignalNotes() as notes:
-            if node_name() in left_out(self.run_dir, self.job.submission):
+            if self._may_leave() and node_name() in left_out(self.run_dir, self.job.submission):
                 self._leave_node()
             try:
                 for slot in range(self.job.replicas):
@@ -165,12 +165,14 @@ class _Node:
             return FAILED
 
     def _leave_node(self) -> None:
-        """Under SLURM, where a node is at fault and not the request: the job goes on elsewhere. Then this does not return."""
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or restarts >= self.job.max_requeues:
-            return
-        if has_failed_here(self.run_dir, self.job.submission) and requeue_elsewhere(self.run_dir, self.job.submission):
+        """Where the node is at fault and not the request, the job goes on elsewhere. Then this does not return."""
+        run_dir, submission = self.run_dir, self.job.submission
+        if self._may_leave() and has_failed_here(run_dir, submission) and requeue_elsewhere(run_dir, submission):
             sys.exit(1)  # as submitit leaves a job that it has put back: without a result
+
+    def _may_leave(self) -> bool:
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and restarts < self.job.max_requeues
 
     def _watch(self, notes: SignalNotes) -> bool:
         """Until every replica has ended. True: they were stopped."""

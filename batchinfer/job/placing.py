@@ -161,7 +161,7 @@ def sbatch_parameters(run_dir: RunDir, config: Config) -> dict[str, Any]:
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "setup": [*(f"module load {name}" for name in hw.modules), *launcher.setup] or None,
-        "exclude": ",".join(_excluded(run_dir)) or None,
+        "exclude": None if "exclude" in launcher.extra else ",".join(_excluded(run_dir)) or None,
         "array_parallelism": launcher.array_parallelism or launcher.nodes,
         "signal_delay_s": _signal_delay(config),
         "stderr_to_stdout": True,

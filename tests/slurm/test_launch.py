@@ -34,10 +34,12 @@ def test_a_refusal_is_one_sentence(cluster: Cluster, run_dir: Path, overrides: l
 
 
 def test_a_job_gets_what_the_tier_has(cluster: Cluster, run_dir: Path) -> None:
-    """Two replicas on the four GPUs of a node, each with its own two; cores, memory and the lines of setup."""
+    """Two replicas on the four GPUs of a node, each with its own two; cores, memory and the lines of setup, one of
+    which puts a command (a container's) before the job's."""
     run = make_run(run_dir)
     hw = {"gpu": "a100-80gb", "gpus_per_node": 4, "tensor_parallel": 2, "cpus_per_gpu": 2, "mem_gb": 20}
-    setup = ["export FROM_SETUP=yes"]
+    container = 'srun() { command srun "${@:1:$#-5}" env FROM_CONTAINER=yes "${@: -5}"; }'  # as slurm/README.md has it
+    setup = ["export FROM_SETUP=yes", container]
     config = make_config(run_name=run_dir.name, hw=hw, launcher={"kind": "slurm", "wait": False, "setup": setup})
     worker = command(run_dir, "import os; (run / name).write_text(json.dumps(dict(os.environ))); commit(0)")
     assert run_job(run, config, worker) == 0
@@ -46,5 +48,5 @@ def test_a_job_gets_what_the_tier_has(cluster: Cluster, run_dir: Path) -> None:
     eventually(lambda: run_dir.name not in cluster.jobs("%j"), PATIENCE_S)
     first, second = (json.loads(path.read_text()) for path in paths)
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0,1", "2,3")
-    assert first["OMP_NUM_THREADS"] == "2" and first["FROM_SETUP"] == "yes"
+    assert first["OMP_NUM_THREADS"] == "2" and first["FROM_SETUP"] == first["FROM_CONTAINER"] == "yes"
     assert (first["SLURM_CPUS_PER_TASK"], first["SLURM_MEM_PER_NODE"]) == ("8", "20480")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.slurm.cluster import Cluster, eventually
-from tests.slurm.request import PATIENCE_S, ended_well, in_the_middle, logs, replicas, submit
+from tests.slurm.request import PATIENCE_S, committed, ended_well, in_the_middle, logs, replicas, submit
 
-SPAN = ["hw.nodes_per_replica=2", "launcher.nodes=2", "launcher.partition=fragile"]
+SPAN = ["hw.nodes_per_replica=2", "launcher.nodes=2", "launcher.partition=fragile", "input.limit=24", "input.rows_per_unit=2"]
 
 
 def test_a_rank_on_each_of_two_nodes(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
@@ -20,8 +20,8 @@ def test_a_rank_on_each_of_two_nodes(cluster: Cluster, run_dir: Path, undisturbe
     eventually(lambda: "01-0-0.1" in replicas(run_dir), 60, lambda: logs(run_dir))
     death = (run_dir / "replicas/01-0-0/died.json").read_text()
     assert "killed by SIGKILL" in death and '"restarted_as": "01-0-0.1"' in death
-    in_the_middle(run_dir, 12)
+    in_the_middle(run_dir, committed(run_dir) + 1)
     cluster.ask("scontrol", "requeue", job)
-    ended_well(cluster, run_dir, undisturbed)
+    ended_well(cluster, run_dir, undisturbed, 24)
     assert replicas(run_dir) == ["01-0-0", "01-0-0.1", "01-0-0.2"]
     eventually(lambda: run_dir.name not in cluster.jobs("%j"), PATIENCE_S, lambda: cluster.jobs("%i %T %r"))
