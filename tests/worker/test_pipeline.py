@@ -53,7 +53,7 @@ class Run:
         self.board = ClaimBoard(self.run_dir, len(units), Identity.here("r0"), 300)
         reader = UnitReader(found.root, found.shards, columns_to_read(self.config.input, found.schema, inputs.column_names))
         self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
-        self.source = RequestSource(self.manifest, self.board, reader, self.builder, window, enough=window // 4)
+        self.source = RequestSource(self.run_dir, self.manifest, self.board, reader, self.builder, window, enough=window // 4)
         self.sink = CompletionSink(
             self.run_dir, self.manifest, self.config, "r0", None, found.schema, lambda: None, self.source.look
         )
