@@ -310,6 +310,8 @@ class CompletionSink:
                 if result.token_ids and result.error is None:
                     if result.ended:
                         result.replica = result.replica or self._replica
+                    else:
+                        result.step_first = None  # the steps are to be those of who finishes it
                     yield (*key, result.sample), result
         yield from unit.saved.items()
 
