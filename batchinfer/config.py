@@ -176,7 +176,7 @@ class LauncherConfig:
     array_parallelism: int | None = _key(None, THROUGHPUT, "jobs of the array that run at once; default: all", minimum=1)
     setup: list[str] = _key([], THROUGHPUT, "shell lines to run on the node before the job")
     signal_delay_s: int = _key(120, THROUGHPUT, "seconds of warning before the time limit", minimum=1)
-    max_requeues: int = _key(10, THROUGHPUT, "how often a job may be put back into the queue after a time-out", minimum=0)
+    max_requeues: int = _key(100, THROUGHPUT, "how often a submission's jobs together may be put back into the queue", minimum=0)
     wait: bool = _key(True, THROUGHPUT, "stay and show the progress; false: submit and return")
     extra: dict[str, Any] = _key({}, THROUGHPUT, "further sbatch options, by their long names")
 

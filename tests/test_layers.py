@@ -28,10 +28,11 @@ LAYERS = {
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.peer_exchange model.layers "
     "model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns "
     "data.sampling data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads "
-    "bench.floor ops ops.compiled ops.elementwise ops.attention ops.attention_plan ops.attention_pieces "
+    "bench.floor data.partials ops ops.compiled ops.elementwise ops.attention ops.attention_plan ops.attention_pieces "
     "ops.prefix_groups ops.fused_softmax_attention ops.sampling ops.logprobs ops.skinny ops.peer_memory "
     "model.safetensors_file roofline prediction",
-    "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process",
+    "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir job.process "
+    "job.walltime job.requeues",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention "
     "ops.reference_penalties ops.reference_sampling ops.reference_logprobs ops.reference_linear topology",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.

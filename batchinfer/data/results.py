@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchinfer.data.schema import LOGPROBS
 from batchinfer.engine.sequence import TokenLogprobs
@@ -47,7 +48,10 @@ class Logprobs:
 
 @dataclass(slots=True)
 class RowResult:
-    """What became of one sample of a row; the writer turns a unit's worth of these into columns."""
+    """What became of one sample of a row; the writer turns a unit's worth of these into columns.
+
+    While it goes on `step_last` is None, and `latency_s` is the time that it took in replicas which were stopped.
+    """
 
     num_prompt_tokens: int = 0
     completion: str | None = None
@@ -62,6 +66,12 @@ class RowResult:
     sample: int = 0
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None  # of a row's first sample; the others have the same prompt
+    prompt_hash: int = 0  # `data.partials.prompt_hash`
+    replica: str | None = None  # who finished it, whose steps `step_first` and `step_last` are; None: who writes the unit
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or self.step_last is not None
 
 
 def logprobs_column(rows: Sequence[Logprobs | None]) -> pa.ListArray:
@@ -90,6 +100,25 @@ def logprobs_column(rows: Sequence[Logprobs | None]) -> pa.ListArray:
     lengths = np.fromiter((0 if row is None else len(row) for row in rows), np.int64, len(rows))
     missing = pa.array([row is None for row in rows], pa.bool_())
     return pa.ListArray.from_arrays(_offsets(lengths), tokens, type=LOGPROBS, mask=missing)
+
+
+def logprobs_rows(column: pa.ChunkedArray) -> list[Logprobs | None]:
+    """What `logprobs_column` was made of."""
+    return [_logprobs(value.values) if value.is_valid else None for value in column]
+
+
+def _logprobs(tokens: pa.StructArray) -> Logprobs:
+    row = Logprobs()
+    row.is_null.extend(tokens.is_null().cast(pa.int8()).to_pylist())
+    token_ids, logprobs, ranks, top = tokens.flatten()  # null where the token is
+    top_token_ids, top_logprobs = top.flatten().flatten()
+    row.token_ids.extend(token_ids.fill_null(0).to_pylist())
+    row.logprobs.extend(logprobs.fill_null(0).to_pylist())
+    row.ranks.extend(ranks.fill_null(0).to_pylist())
+    row.num_top.extend(pc.fill_null(pc.list_value_length(top), 0).to_pylist())
+    row.top_token_ids.extend(top_token_ids.to_pylist())
+    row.top_logprobs.extend(top_logprobs.to_pylist())
+    return row
 
 
 def _joined(parts: Sequence[array[Any]], dtype: type[np.generic]) -> np.ndarray[Any, Any]:

@@ -62,7 +62,7 @@ def unit_table(
     columns: dict[str, list[Any]] = {
         "shard": [shard for shard, _ in names],
         "row": [row for _, row in names],
-        "replica": [replica] * len(names),
+        "replica": [result.replica or replica for result in samples],
         "num_completion_tokens": [len(result.token_ids) for result in samples],
         "token_ids": [None if result.error else result.token_ids for result in samples],
         "logprobs": [None if result.error else result.logprobs for result in samples],

@@ -126,12 +126,15 @@ class Engine:
     def num_running(self) -> int:
         return len(self.scheduler.running)
 
-    def step(self) -> tuple[list[TokenOutput], StepStats]:
-        """Move on every sequence that there is room for. Call it only while `has_work`."""
+    def step(self, last: bool = False) -> tuple[list[TokenOutput], StepStats]:
+        """Move on every sequence that there is room for. Call it only while `has_work`.
+
+        `last`: nothing is launched ahead, so that no token is drawn which nobody reads.
+        """
         begin = time.monotonic()
         step = self.in_flight or self._draw(self._launch())
         assert step is not None and step.drawn is not None, "step() without work"
-        following = self._launch() if self.overlap else None
+        following = self._launch() if self.overlap and not last else None
         result = step.drawn.result()
         step.stats.graph = result.graph
         outputs = self._collect(step, result)
@@ -252,7 +255,7 @@ class Engine:
             stats.ttft_s.append(ttft)
             if seq.request.sampling.prompt_logprobs is not None:
                 prompt_logprobs, seq.prompt_logprobs = [None, *seq.prompt_logprobs], []
-        else:
+        elif seq.last_token_s is not None:
             stats.inter_token_s.append(now - seq.last_token_s)
         seq.last_token_s = now
         seq.token_ids[index] = token_id

@@ -78,6 +78,8 @@ class Scheduler:
                 f"a prompt of {prompt:,} tokens leaves no room for a token: prompt and completion together may have "
                 f"{self.max_model_len:,} (model.max_model_len)"
             )
+        if seq.num_tokens >= longest:
+            raise ValueError(f"{seq.num_completion_tokens:,} completion tokens are given, and there is room for no more")
         if self.blocks.num_blocks_for(longest - 1) > self.blocks.num_blocks:  # the last token is never computed
             capacity = self.blocks.num_blocks * self.blocks.block_size
             raise ValueError(

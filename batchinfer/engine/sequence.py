@@ -51,13 +51,18 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to complete. `seed` (64 bit, unsigned) alone decides its random draws."""
+    """One sequence to complete. `seed` (64 bit, unsigned) alone decides its random draws.
+
+    `completion_token_ids`: the completion as far as another engine had come with the same request. It goes on from there, by
+    prefill; limits and penalties count these tokens, outputs bring only what follows, and nothing is told of the prompt again.
+    """
 
     request_id: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
     seed: int
     grammar: Grammar | None = None
+    completion_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +102,9 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_blocks: int = 0  # leading blocks of `block_table` that the prefix cache knows
     num_preemptions: int = 0
-    num_prefilled_tokens: int = 0  # high-water mark: what lies below it is recomputed after a preemption
+    num_prefilled_tokens: int = 0  # high-water mark: what lies below it is recomputed, after a preemption or in another engine
     admitted_s: float = 0.0  # monotonic clock, when Engine.add was called
-    last_token_s: float = 0.0
+    last_token_s: float | None = None  # None: this engine has drawn none
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens from the second on, until they are told
     matcher: LLMatcher | None = None  # has consumed every known token of the completion
 
@@ -108,7 +113,17 @@ class Sequence:
         prompt = request.prompt_token_ids
         longest = min(len(prompt) + request.sampling.max_tokens, max_model_len)
         matcher = None if request.grammar is None else request.grammar.matcher.deep_copy()
-        return cls(request, list(prompt), len(prompt), longest, admitted_s=now, matcher=matcher)
+        seq = cls(request, list(prompt), len(prompt), longest, admitted_s=now, matcher=matcher)
+        if request.completion_token_ids:
+            seq._go_on(request.completion_token_ids)
+        return seq
+
+    def _go_on(self, completion: list[int]) -> None:
+        """Stand as after a preemption. A matcher that refuses a token fails with the next mask (`engine.grammar`)."""
+        self.token_ids += completion
+        self.num_prefilled_tokens = len(self.token_ids)
+        if self.matcher is not None:
+            self.matcher.consume_tokens(completion)
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +146,7 @@ class TokenOutput:
     request_id: int
     token_ids: list[int]
     finish_reason: str | None
-    ttft_s: float | None  # set with the first token: seconds since admission
+    ttft_s: float | None  # set with the completion's first token: seconds since admission
     latency_s: float | None  # set when finished: seconds since admission
     logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token; nothing precedes the prompt's first: None
@@ -159,7 +174,7 @@ class StepStats:
     decode_seqs: int = 0
     prefill_tokens: int = 0  # prompt tokens computed for the first time
     prefix_hit_tokens: int = 0  # prompt tokens that were found computed: with prefill_tokens they make the prompts
-    recomputed_tokens: int = 0  # tokens computed again after a preemption
+    recomputed_tokens: int = 0  # tokens computed again after a preemption, or because another engine had computed them
     decode_tokens: int = 0  # completion tokens that came out of this step
     running: int = 0
     waiting: int = 0

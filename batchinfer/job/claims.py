@@ -91,6 +91,10 @@ class ClaimBoard:
         if epoch is not None:
             publish_bytes(self._run_dir.claim(unit, epoch + 1), _claim_json(None))
 
+    def epoch(self, unit: int) -> int:
+        """The epoch of our claim. KeyError: it is not ours."""
+        return self._held[unit]
+
     def holds(self, unit: int) -> bool:
         """Whether our claim still stands. Asks the file system."""
         return unit in self._held and not self._run_dir.claim(unit, self._held[unit] + 1).exists()

@@ -23,7 +23,7 @@ from batchinfer.config import Config, ConfigError, show
 from batchinfer.data.writer import read_footer
 from batchinfer.job.logs import LogFollower
 from batchinfer.job.node import NodeJob, is_complete
-from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_job
+from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_delay, signal_job
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.rundir import RunDir
@@ -135,11 +135,13 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
             replicas=hw.gpus_per_node * hw.nodes_per_replica // ranks,
             tensor_parallel=ranks,
             nodes=hw.nodes_per_replica,
-            max_requeues=launcher.max_requeues,
             visible_devices=() if hw.gpu is None else devices,
             env={name: str(value) for name, value in hw.env.items()},
             cpus_per_rank=hw.cpus_per_gpu or _cores_per_rank(config, kind),
             setup=() if kind == "slurm" else tuple(launcher.setup),  # under SLURM the batch script runs it
+            time_limit_s=None if kind == "inline" else 60.0 * launcher.timeout_min,
+            warning_s=signal_delay(config),
+            max_requeues=launcher.max_requeues,
             command=tuple(command) if command else None,
         )
         for job in range(launcher.nodes // hw.nodes_per_replica)

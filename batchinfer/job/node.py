@@ -4,8 +4,9 @@
 that is requeued, or started again by hand, takes what is left.
 
 Signals are only noted by handlers and acted on in the loop. SIGTERM, SIGINT and SIGHUP stop the replicas: SIGTERM to each
-torchrun, `grace_s` later SIGKILL to whoever is left. SIGUSR2 is the warning before a time limit or a preemption: the
-replicas are stopped in the same way, then the handler found (submitit's: checkpoint, requeue, exit) is called.
+torchrun, `grace_s` later SIGKILL to whoever is left. SIGUSR2 is the warning before a time limit or a preemption. Before a
+time limit the replicas stop by themselves, in time (`job.walltime`); before a preemption they are stopped as above. Then the
+handler found (submitit's: checkpoint, requeue, exit) is called, unless the submission's requeues are used up.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from batchinfer.job.replica import (
     wait_all,
     write_death,
 )
+from batchinfer.job.requeues import count_requeues, record_start
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
+from batchinfer.job.walltime import WORK_UNTIL, Walltime
 from batchinfer.publish import replace_bytes
 
 POLL_S = 0.1
@@ -75,8 +78,10 @@ class NodeJob:
     setup: tuple[str, ...] = ()
     nodes: int = 1
     max_restarts: int = 2
-    max_requeues: int = 0
     grace_s: float = 10.0
+    time_limit_s: float | None = None  # from its start; None: it has none of its own
+    warning_s: float = 120.0  # how long before the limit SIGUSR2 comes
+    max_requeues: int = 100  # of all jobs of the submission together
     worker_module: str = "batchinfer.worker"
     command: tuple[str, ...] | None = None
 
@@ -140,11 +145,16 @@ class _Node:
         self.running: dict[int, Replica] = {}
         self.restarts = dict.fromkeys(range(job.replicas), 0)
         self.failed: set[int] = set()
+        self.walltime = Walltime.of_this_job(job.time_limit_s, job.warning_s)
         self.next_look = 0.0
         self.is_cancelled = False
+        self.has_stopped = False  # a replica, by itself
 
     def run(self) -> int:
         if self._look_for_cancel():
+            return STOPPED
+        record_start(self.job.folder, self.job.job)
+        if self._requeues_used_up(count_requeues(self.job.folder) > self.job.max_requeues):
             return STOPPED
         self._write_identity()
         with SignalNotes() as notes:
@@ -171,13 +181,13 @@ class _Node:
             sys.exit(1)  # as submitit leaves a job that it has put back: without a result
 
     def _may_leave(self) -> bool:
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and restarts < self.job.max_requeues
+        slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        return slurm and count_requeues(self.job.folder) < self.job.max_requeues
 
     def _watch(self, notes: SignalNotes) -> bool:
         """Until every replica has ended. True: they were stopped."""
         while self.running:
-            if notes.stop_asked or self._look_for_cancel():
+            if self._must_stop(notes):
                 self._stop(notes)
                 return True
             for slot, replica in list(self.running.items()):
@@ -185,7 +195,11 @@ class _Node:
                 if code is not None:
                     self._ended(slot, replica, code)
             time.sleep(POLL_S)
-        return notes.stop_asked or self._look_for_cancel(now=True)
+        return notes.stop_asked or self.has_stopped or self._look_for_cancel(now=True)
+
+    def _must_stop(self, notes: SignalNotes) -> bool:
+        preempted = notes.warnings > 0 and not self.walltime.explains_warning()
+        return bool(notes.stops) or preempted or self.walltime.is_over or self._look_for_cancel()
 
     def _start(self, slot: int) -> None:
         name = self.run_dir.new_replica(f"{self.job.submission:02d}-{self.job.job}-{slot}")
@@ -193,12 +207,16 @@ class _Node:
 
     def _replica(self, slot: int, name: str) -> Replica:
         job = self.job
-        return Replica(self.run_dir, job.submission, name, job.torchrun(name), job.environment(slot), job.setup)
+        return Replica(self.run_dir, job.submission, name, job.torchrun(name), self._environment(slot), job.setup)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        return {**self.job.environment(slot), WORK_UNTIL: str(self.walltime.work_until)}
 
     def _ended(self, slot: int, replica: Replica, code: int) -> None:
         del self.running[slot]
         replica.kill()  # torchrun killed by SIGKILL leaves ranks behind, and they hold GPU memory
         self.failed.discard(slot)
+        self.has_stopped |= code == STOPPED
         if code not in (DONE, STOPPED):
             made_progress = replica.has_committed()
             node = node_name() if self.job.nodes == 1 else ""
@@ -229,20 +247,29 @@ class _Node:
             replica.kill()
 
     def _after_stop(self, notes: SignalNotes) -> int:
-        """Hand over to submitit after a warning; under SLURM wait to be killed after a SIGTERM.
+        """Hand over to submitit after a warning, or when replicas ran out of time; under SLURM wait to be killed after a SIGTERM.
 
         SLURM sends SIGTERM before a requeue or preemption too. To return then would leave a result file, by which
         submitit takes a job that runs again later for finished.
         """
         deadline = time.monotonic() + LINGER_S
-        while not self._look_for_cancel() and not is_complete(self.run_dir):
-            requeue = notes.previous.get(signal.SIGUSR2)
-            if notes.warnings and callable(requeue):
+        requeue = notes.previous.get(signal.SIGUSR2)
+        while not self._look_for_cancel(now=True) and not is_complete(self.run_dir):
+            if (notes.warnings or self.has_stopped or self.walltime.is_over) and callable(requeue):
+                if self._requeues_used_up(count_requeues(self.job.folder) >= self.job.max_requeues):
+                    break
                 requeue(signal.SIGUSR2, None)  # exits the process
             if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or time.monotonic() > deadline:
                 break
             time.sleep(POLL_S)
         return STOPPED
+
+    def _requeues_used_up(self, used_up: bool) -> bool:
+        if used_up:
+            jobs, most = f"the jobs of submission {self.job.submission:02d}", self.job.max_requeues
+            then = f"it ends here; finish the run with: python -m batchinfer resume {self.run_dir.root}"
+            print(f"{jobs} have been requeued launcher.max_requeues={most} times; {then}", file=sys.stderr, flush=True)
+        return used_up
 
     def _look_for_cancel(self, now: bool = False) -> bool:
         """Whether `cancel` was asked of this run; looks at the disk once a second."""
@@ -273,7 +300,7 @@ class _Lead(_Node):
     def _replica(self, slot: int, name: str) -> Replica:
         word = call_together(name)
         command = self.job.torchrun(name, self.span.rendezvous(word))
-        return LeadingReplica(self.span, word, self.run_dir, self.job.submission, command, self.job.environment(slot))
+        return LeadingReplica(self.span, word, self.run_dir, self.job.submission, command, self._environment(slot))
 
 
 def _follow(job: NodeJob, span: Span) -> int:

@@ -118,7 +118,7 @@ def place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> LocalJ
 
     launcher = config.launcher
     executor = submitit.LocalExecutor(folder=folder, max_num_timeout=launcher.max_requeues)
-    executor.update_parameters(timeout_min=launcher.timeout_min, signal_delay_s=_signal_delay(config), stderr_to_stdout=True)
+    executor.update_parameters(timeout_min=launcher.timeout_min, signal_delay_s=signal_delay(config), stderr_to_stdout=True)
     # A Ctrl-C reaches the whole foreground group. The controllers must not see it: they would kill their job after one
     # second. Nor may the end of the terminal reach jobs that nobody waits for.
     shielded = [signal.SIGINT, *([] if launcher.wait else [signal.SIGHUP])]
@@ -163,7 +163,7 @@ def sbatch_parameters(run_dir: RunDir, config: Config) -> dict[str, Any]:
         "setup": [*(f"module load {name}" for name in hw.modules), *launcher.setup] or None,
         "exclude": None if "exclude" in launcher.extra else ",".join(_excluded(run_dir)) or None,
         "array_parallelism": launcher.array_parallelism or launcher.nodes,
-        "signal_delay_s": _signal_delay(config),
+        "signal_delay_s": signal_delay(config),
         "stderr_to_stdout": True,
         "additional_parameters": _additional(config),
     }
@@ -188,7 +188,7 @@ def _additional(config: Config) -> dict[str, Any]:
     return {name: value for name, value in {"requeue": True, **reservation, **extra}.items() if value is not False}
 
 
-def _signal_delay(config: Config) -> int:
+def signal_delay(config: Config) -> int:
     """Never more than half of the time limit: submitit would send no warning at all."""
     return min(config.launcher.signal_delay_s, config.launcher.timeout_min * 60 // 2)
 

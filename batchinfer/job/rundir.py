@@ -84,6 +84,9 @@ class RunDir:
     def completion(self, unit: int, generation: int) -> Path:
         return self.completions / f"{unit:06d}.{generation}.parquet"
 
+    def partial(self, unit: int, epoch: int) -> Path:
+        return self.partials / f"{unit:06d}.{epoch}.parquet"
+
     def replica(self, replica: str) -> Path:
         return self.replicas / replica
 
@@ -131,6 +134,17 @@ class RunDir:
                 done[parsed[0]] = max(parsed[1], done.get(parsed[0], 0))
         return done
 
+    def partial_epochs(self, unit: int) -> list[int]:
+        """Epochs of which there is something in partials/ for a unit, the newest first; one listing."""
+        found = (parse_partial(name) for name in os.listdir(self.partials))
+        return sorted((parsed[1] for parsed in found if parsed is not None and parsed[0] == unit), reverse=True)
+
+    def remove_partials(self, unit: int) -> None:
+        """For a unit that is done. What a replica that stood still saves later stays behind, and nobody reads it."""
+        for epoch in self.partial_epochs(unit):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.partial(unit, epoch))
+
     def supersede(self) -> None:
         """Move every completions file that a higher generation has replaced. Safe to repeat after a crash."""
         done = self.done_units()
@@ -167,6 +181,11 @@ class RunDir:
 
 def parse_completion(name: str) -> tuple[int, int] | None:
     """(unit, generation) of a file name in completions/, None for any other name."""
+    return _parse(name, "parquet")
+
+
+def parse_partial(name: str) -> tuple[int, int] | None:
+    """(unit, epoch) of a file name in partials/, None for any other name."""
     return _parse(name, "parquet")
 
 

@@ -28,6 +28,7 @@ from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
 from batchinfer.job.replica import BEREAVED, DONE, FAILED, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.walltime import WORK_UNTIL
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from batchinfer.worker.peers import PeerDied, Peers
@@ -82,7 +83,8 @@ def lead(
 ) -> int:
     """Rank 0: from an empty process to the last commit. Returns the exit code."""
     name = arguments.replica or arguments.run_dir.new_replica("hand")
-    assignment = Assignment(arguments.run_dir, manifest, config, name, arguments.submission)
+    work_until = float(os.environ.get(WORK_UNTIL, "inf"))
+    assignment = Assignment(arguments.run_dir, manifest, config, name, arguments.submission, work_until)
     progress = Progress(arguments.run_dir, name)
     progress.phases["import"] = process_age()
     progress.start()

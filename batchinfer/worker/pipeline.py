@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from batchinfer.config import Config
 from batchinfer.data.grammar import reason
+from batchinfer.data.partials import Key, load_partial, prompt_hash, save_partial
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.results import Logprobs, RowResult
@@ -40,6 +41,7 @@ PREPARE_ROWS = 128  # rows rendered and tokenised in one call: enough to paralle
 DECODE_ROWS = 256  # rows decoded in one call
 FULL_INTERVAL_S = 0.005  # how often a source with enough rows looks whether they still are enough
 CLAIM_INTERVAL_S = 1.0  # how often a replica with nothing to do looks for a unit that has become free
+LATEST_SHARE = 1 / 64  # weight of a sample in the mean time that samples take
 MAX_PENDING_COMMITS = 4  # finished units that may wait for a slow file system before the engine does
 
 
@@ -48,10 +50,12 @@ class OpenUnit:
     """A claimed unit until its commit: its rows as they were read, and a place for the samples of each row."""
 
     number: int
+    epoch: int  # of the claim that it was read under
     keys: list[tuple[str, int]]
     inputs: pa.Table
     results: list[list[RowResult]]  # of a row that is not admitted yet: none
     remaining: int  # results still to come: one for each row that is not admitted yet, and the samples that are running
+    saved: dict[Key, RowResult]  # what replicas that were stopped had of rows that are not admitted yet
 
 
 @dataclass(slots=True)
@@ -73,9 +77,16 @@ class RequestSource:
     """
 
     def __init__(
-        self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int, enough: int
+        self,
+        run_dir: RunDir,
+        manifest: Manifest,
+        board: ClaimBoard,
+        reader: UnitReader,
+        builder: PromptBuilder,
+        window: int,
+        enough: int,
     ):
-        self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
+        self._run_dir, self._manifest, self._board, self._reader, self._builder = run_dir, manifest, board, reader, builder
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
         self._window, self._enough = window, enough
         self._stop = threading.Event()
@@ -124,12 +135,13 @@ class RequestSource:
             self._error = error
 
     def _prepare(self, number: int) -> None:
-        unit = self._manifest.units[number]
+        unit, epoch = self._manifest.units[number], self._board.epoch(number)
         table = self._reader.read(unit)
+        saved = load_partial(self._run_dir, number, epoch, self._manifest.fingerprint) if epoch else {}
         shards = self._manifest.shards
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
         rows = num_rows(unit)
-        opened = OpenUnit(number, keys, table, [[] for _ in range(rows)], rows)
+        opened = OpenUnit(number, epoch, keys, table, [[] for _ in range(rows)], rows, saved)
         gathered: list[PendingRow] = []
         step = min(PREPARE_ROWS, self._window)
         for start in range(0, rows, step):
@@ -178,6 +190,10 @@ class Totals:
     rows_committed: int = 0
     units_committed: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    row_s: float = 0.0  # how long a sample takes from its admission on: the mean of many, the latest counting most
+
+    def took(self, seconds: float) -> None:
+        self.row_s += (seconds - self.row_s) * (LATEST_SHARE if self.row_s else 1.0)
 
 
 class CompletionSink:
@@ -216,14 +232,14 @@ class CompletionSink:
         if prepared.error is not None:
             results = [RowResult(error=prepared.error, error_message=prepared.error_message)]
         else:
-            results = [RowResult(prepared.num_prompt_tokens, sample=sample) for sample in range(len(prepared.seeds))]
+            results = _begun(row)
         unit.results[row.index] = results
         unit.remaining += len(results) - 1
         running = RunningRow(unit, len(results))
-        if prepared.error is not None:
-            self._finish(running, results[0])
-            return []
-        return [self._start(running, result, prepared) for result in results]
+        for result in results:
+            if result.ended:
+                self._finish(running, result)
+        return [self._start(running, result, prepared) for result in results if not result.ended]
 
     def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow) -> Request:
         sampling = prepared.sampling
@@ -233,9 +249,11 @@ class CompletionSink:
         checker = None
         if sampling.stop and self._tokenizer is not None:
             checker = StopChecker(sampling.stop, IncrementalDecoder(self._tokenizer), sampling.min_tokens)
+            checker.push(result.token_ids)  # without a match, or it would have ended
         self._next_id += 1
-        self._running[self._next_id] = RunningSample(row, result, time.monotonic(), checker)
-        return Request(self._next_id, prepared.token_ids, sampling, prepared.seeds[result.sample], prepared.grammar)
+        self._running[self._next_id] = RunningSample(row, result, time.monotonic() - (result.latency_s or 0.0), checker)
+        seed = prepared.seeds[result.sample]
+        return Request(self._next_id, prepared.token_ids, sampling, seed, prepared.grammar, list(result.token_ids))
 
     def accept(self, outputs: list[TokenOutput], step: int) -> list[int]:
         """Takes a step's tokens. Returns the requests to abort: those that a stop string has ended."""
@@ -244,7 +262,9 @@ class CompletionSink:
             running = self._running[output.request_id]
             result = running.result
             if result.step_first is None:
-                result.step_first, result.ttft_s = step, output.ttft_s
+                result.step_first = step
+            if output.ttft_s is not None:
+                result.ttft_s = output.ttft_s
             _append(result, output)
             text = running.checker.push(output.token_ids) if running.checker else None
             if text is None and output.finish_reason is None:
@@ -259,6 +279,7 @@ class CompletionSink:
                 follows = result.error == "bad_grammar"
                 result.error_message = f"the grammar cannot be followed: {reason(message)}" if follows else message
             result.latency_s = time.monotonic() - running.admitted_s
+            self.totals.took(result.latency_s)
             del self._running[output.request_id]
             self._finish(running.row, result)
         return stopped
@@ -269,11 +290,36 @@ class CompletionSink:
         self._reap(wait=False)
         return not self._running and not self._open and not self._commits
 
+    @property
+    def open_units(self) -> list[int]:
+        return sorted(self._open)
+
+    def save(self, held: Mapping[int, int]) -> None:
+        """Leaves what there is of those open units that are held (unit -> epoch) to whoever takes them next. Raises OSError."""
+        now = time.monotonic()
+        for running in self._running.values():
+            running.result.latency_s = now - running.admitted_s
+        for unit in self._open.values():
+            if unit.number in held and (found := dict(self._begun_rows(unit))):
+                save_partial(self._run_dir, unit.number, held[unit.number], self._manifest.fingerprint, found)
+                log.info("unit %d is given back with what there is of %s samples", unit.number, f"{len(found):,}")
+
+    def _begun_rows(self, unit: OpenUnit) -> Iterator[tuple[Key, RowResult]]:
+        for key, results in zip(unit.keys, unit.results, strict=True):
+            for result in results:
+                if result.token_ids and result.error is None:
+                    if result.ended:
+                        result.replica = result.replica or self._replica
+                    else:
+                        result.step_first = None  # the steps are to be those of who finishes it
+                    yield (*key, result.sample), result
+        yield from unit.saved.items()
+
     def close(self) -> list[int]:
         """Ends the pending commits. Returns the numbers of the units that stay unfinished."""
         self._reap(wait=True)
         self._thread.shutdown()
-        return sorted(self._open)
+        return self.open_units
 
     def _finish(self, row: RunningRow, result: RowResult) -> None:
         unit = row.unit
@@ -304,6 +350,8 @@ class CompletionSink:
         footer = unit_footer(unit.number, 0, unit.inputs, table, unit.results, self._replica, self._manifest.versions)
         self._before_commit()
         outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
+        if unit.epoch:
+            self._run_dir.remove_partials(unit.number)
         self._after_commit()
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
@@ -318,6 +366,20 @@ class CompletionSink:
             batch = results[start : start + DECODE_ROWS]
             for result, text in zip(batch, self._tokenizer.decode_batch([r.token_ids for r in batch]), strict=True):
                 result.completion = text
+
+
+def _begun(row: PendingRow) -> list[RowResult]:
+    """A result for each sample of a row, as far as stopped replicas had come with it."""
+    unit, prepared = row.unit, row.prepared
+    assert prepared.token_ids is not None, "it is no error"
+    asked = prompt_hash(prepared.token_ids)
+    results = []
+    for sample in range(len(prepared.seeds)):
+        result = unit.saved.pop((*unit.keys[row.index], sample), None)
+        if result is None or result.prompt_hash != asked:
+            result = RowResult(prepared.num_prompt_tokens, sample=sample, prompt_hash=asked)
+        results.append(result)
+    return results
 
 
 def _append(result: RowResult, output: TokenOutput) -> None:

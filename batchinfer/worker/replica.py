@@ -1,16 +1,19 @@
 """One replica at work: the loop that joins the source of rows, the engine and the sink, on rank 0.
 
 Phases, as `progress.json` names them: starting, loading, running, waiting (others hold the units that are left), and at the
-end done, stopped (by a signal or `cancel`) or failed.
+end done, stopped (by a signal, `cancel`, or because its job's time runs out) or failed. A row that is begun too late to be
+finished before the job ends is not begun: then the replica gives back what it has not begun, and only finishes. However it
+ends, what there is of the rows in work is saved (`data.partials`) before their units are given back.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 ORDERED_ROWS = 1024  # a window to order: larger ones find more in the prefix cache (docs/performance.md)
 IDLE_S = 0.02  # pause of the loop when neither a row nor a token is there
 CANCEL_INTERVAL_S = 2.0
+HASH_WAIT_S = 5.0  # what a stopped replica waits for the weights' hash, without which it saves nothing
 
 
 class Background:
@@ -54,6 +58,10 @@ class Background:
         except BaseException as error:
             self._error = error
 
+    def ends_within(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def join(self) -> None:
         self._thread.join()
         if self._error is not None:
@@ -69,6 +77,7 @@ class Assignment:
     config: Config
     name: str
     submission: int | None  # None: started by hand
+    work_until: float = math.inf  # seconds since the Unix epoch, on this host's clock
 
 
 class Replica:
@@ -89,12 +98,14 @@ class Replica:
         length, vocab_size = engine.max_model_len, shape.vocab_size
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
-        self._source = RequestSource(manifest, self._board, reader, builder, max(2 * rows, ORDERED_ROWS), enough=-(-rows // 2))
+        window, enough = max(2 * rows, ORDERED_ROWS), -(-rows // 2)
+        self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough)
         self._sink = CompletionSink(
             run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit, self._source.look
         )
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
+        self._finishing = False  # nothing further is begun: there is no time for it
         self._looked_for_cancel = time.monotonic()
 
     def stop(self) -> None:
@@ -109,7 +120,9 @@ class Replica:
         try:
             while not self._stopping.is_set() and not self._finished():
                 self._turn()
-            return not self._stopping.is_set()
+            if self._engine.in_flight is not None:
+                self._step(last=True)
+            return self._source.finished and self._sink.idle
         finally:
             self._wind_up()
 
@@ -117,13 +130,17 @@ class Replica:
         """One pass: admit what is ready, do one step, hand on what came out of it."""
         self._progress.tick()
         self._look_for_cancel()
+        self._look_at_the_time()
         self._admit()
         if not self._engine.has_work():
             self._progress.enter("running" if not self._sink.idle else "waiting")
             time.sleep(IDLE_S)
             return
         self._progress.enter("running")
-        outputs, stats = self._engine.step()
+        self._step()
+
+    def _step(self, last: bool = False) -> None:
+        outputs, stats = self._engine.step(last)
         self._recorder.record(stats)
         self._prompt_tokens += stats.prefill_tokens
         self._completion_tokens += stats.decode_tokens
@@ -136,12 +153,25 @@ class Replica:
         """Keeps the engine full and a few sequences waiting, so that its scheduler can fill every step."""
         limit = self._assignment.config.engine.max_num_seqs
         ahead = max(8, limit // 4, limit - self._engine.num_running)
-        while self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
+        while not self._finishing and self._engine.num_waiting < ahead and (row := self._source.take()) is not None:
             for request in self._sink.admit(row):
                 self._engine.add(request)
 
     def _finished(self) -> bool:
-        return self._source.finished and not self._engine.has_work() and self._sink.idle
+        if self._engine.has_work():
+            return False
+        return self._finishing or (self._source.finished and self._sink.idle)
+
+    def _look_at_the_time(self) -> None:
+        left = self._assignment.work_until - time.time()
+        if left <= 0:
+            log.info("the time of the job is up")
+            self.stop()
+        elif left < self._sink.totals.row_s and not self._finishing:
+            log.info("%.0f s are left, and a row takes %.0f s: no further row is begun", left, self._sink.totals.row_s)
+            self._finishing = True
+            self._source.stop()
+            self._release(set(self._board.held()) - set(self._sink.open_units))
 
     def _look_for_cancel(self) -> None:
         now, submission = time.monotonic(), self._assignment.submission
@@ -154,9 +184,25 @@ class Replica:
     def _wind_up(self) -> None:
         """Leaves nothing behind that another replica would have to wait for: commits end, open claims are given back."""
         self._source.stop()
+        if self._sink.open_units:
+            self._save()
         self._sink.close()
         self._recorder.flush()
-        for unit in self._board.held():
+        self._release(self._board.held())
+
+    def _save(self) -> None:
+        """Whatever keeps it from being saved, the rows are only made again."""
+        if not self._weights.ends_within(HASH_WAIT_S):
+            log.warning("what there is of rows in work is not saved: it is not known yet whether the weights are the run's")
+            return
+        try:
+            self._before_commit()
+            self._sink.save({unit: self._board.epoch(unit) for unit in self._board.held()})
+        except (OSError, pa.ArrowException) as error:
+            log.warning("what there is of rows in work is lost: %s", error)
+
+    def _release(self, units: Iterable[int]) -> None:
+        for unit in units:
             self._board.release(unit)
 
     def _before_commit(self) -> None:

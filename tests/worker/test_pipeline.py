@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import batchinfer as package
 from batchinfer.config import from_dict
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.prompts import PreparedRow, PromptBuilder, row_seed
 from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.data.schema import RowRange
+from batchinfer.data.tokenizer import Tokenizer
 from batchinfer.data.writer import read_footer
 from batchinfer.engine.sequence import Request, TokenLogprobs, TokenOutput
 from batchinfer.job.claims import ClaimBoard, Identity
@@ -31,7 +34,15 @@ VOCABULARY = 50
 class Run:
     """A run over one shard of token ids, with the parts that a replica would join."""
 
-    def __init__(self, folder: Path, inputs: pa.Table, window: int = 1000, sampling: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        inputs: pa.Table,
+        window: int = 1000,
+        sampling: dict[str, Any] | None = None,
+        replica: str = "r0",
+        tokenizer: Tokenizer | None = None,
+    ):
         pq.write_table(inputs, folder / "in.parquet")
         source = {"paths": [str(folder / "in.parquet")], "token_ids_column": "ids"}
         if "how" in inputs.column_names:
@@ -50,12 +61,12 @@ class Run:
         self.run_dir = RunDir(folder / "run")
         request = request_of(self.config, found.shards, found.schema)
         self.manifest = Manifest.create(self.run_dir, self.config, found, inputs.column_names, units, request)
-        self.board = ClaimBoard(self.run_dir, len(units), Identity.here("r0"), 300)
+        self.board = ClaimBoard(self.run_dir, len(units), Identity.here(replica), 300)
         reader = UnitReader(found.root, found.shards, columns_to_read(self.config.input, found.schema, inputs.column_names))
         self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
-        self.source = RequestSource(self.manifest, self.board, reader, self.builder, window, enough=window // 4)
+        self.source = RequestSource(self.run_dir, self.manifest, self.board, reader, self.builder, window, enough=window // 4)
         self.sink = CompletionSink(
-            self.run_dir, self.manifest, self.config, "r0", None, found.schema, lambda: None, self.source.look
+            self.run_dir, self.manifest, self.config, replica, tokenizer, found.schema, lambda: None, self.source.look
         )
 
     def take(self, count: int) -> list[PendingRow]:
@@ -72,6 +83,14 @@ class Run:
     def requests(self, count: int) -> list[Request]:
         self.source.start()
         return [request for row in self.take(count) for request in self.sink.admit(row)]
+
+    def stop(self) -> None:
+        """As a replica that is told to."""
+        self.source.stop()
+        self.sink.save({unit: self.board.epoch(unit) for unit in self.board.held()})
+        self.sink.close()
+        for unit in self.board.held():
+            self.board.release(unit)
 
     def finish(self) -> list[dict[str, Any]]:
         assert self.sink.close() == []
@@ -219,3 +238,91 @@ def test_no_more_lies_ready_than_the_window(tmp_path: Path) -> None:
     assert run.source._rows.qsize() == 10 and row.index == 0
     assert len(run.board.held()) == 1
     run.source.stop()
+
+
+def test_a_stopped_replicas_rows_are_gone_on_with(tmp_path: Path) -> None:
+    inputs, sampling = pa.table({"ids": [[1, 2], [3, 4], [5, 6]]}), {"n": 2, "logprobs": 0, "prompt_logprobs": 0}
+    first = Run(tmp_path, inputs, sampling=sampling)
+    ended, begun, broken, *others = first.requests(3)
+    prompt = [None, told(2)]
+    first.sink.accept([output(ended, [7, 8], True, logprobs=[told(7), told(8)], prompt_logprobs=prompt)], 4)
+    first.sink.accept([output(begun, [9], False, logprobs=[told(9)])], 5)
+    error = TokenOutput(broken.request_id, [3], "error", 0.1, 0.2, [told(3)], error=("bad_logits", "something overflowed"))
+    first.sink.accept([error], 6)
+    first.stop()
+    assert [path.name for path in first.run_dir.partials.iterdir()] == ["000000.0.parquet"]
+
+    second = Run(tmp_path, inputs, sampling=sampling, replica="r1")
+    requests = second.requests(3)
+    assert [request.completion_token_ids for request in requests] == [[9], [], [], [], []], "the others start over"
+    assert [request.seed for request in requests] == [begun.seed, broken.seed, *(request.seed for request in others)]
+    second.stop()  # before its engine has said anything
+
+    third = Run(tmp_path, inputs, sampling=sampling, replica="r2")
+    rest = third.requests(3)
+    assert rest[0].completion_token_ids == [9]
+    third.sink.accept([TokenOutput(rest[0].request_id, [6], "length", None, 0.2, [told(6)])], 11)
+    third.sink.accept(
+        [output(request, [1], True, logprobs=[told(1)], prompt_logprobs=[None, told(4)]) for request in rest[1:]], 12
+    )
+    rows = third.finish()
+    assert [row["token_ids"] for row in rows] == [[7, 8], [9, 6], [1], [1], [1], [1]]
+    assert [[t["token_id"] for t in row["logprobs"]] for row in rows[:2]] == [[7, 8], [9, 6]]
+    assert [row["prompt_logprobs"][1]["token_id"] for row in rows[:2]] == [2, 2], "told once, kept"
+    assert [(row["replica"], row["step_first"], row["step_last"]) for row in rows[:3]] == [
+        ("r0", 4, 4),
+        ("r2", 11, 11),
+        ("r2", 12, 12),
+    ]
+    assert rows[1]["ttft_s"] == 0.1 and rows[1]["latency_s"] > 0
+    assert not list(third.run_dir.partials.iterdir()), "they go with the commit"
+
+
+def test_what_was_saved_outlasts_a_stop_before_its_row_is_begun(tmp_path: Path) -> None:
+    inputs = pa.table({"ids": [[1], [2], [3]]})
+    first = Run(tmp_path, inputs)
+    first.sink.accept([output(request, [4], False) for request in first.requests(3)], 0)
+    first.stop()
+    second = Run(tmp_path, inputs, replica="r1")
+    (request,) = second.requests(1)
+    second.sink.accept([TokenOutput(request.request_id, [5], None, None, None)], 0)
+    second.stop()
+    third = Run(tmp_path, inputs, replica="r2")
+    requests = third.requests(3)
+    assert [request.completion_token_ids for request in requests] == [[4, 5], [4], [4]]
+    third.stop()
+
+
+def test_another_prompt_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Run(tmp_path, pa.table({"ids": [[1], [2]]}))
+    first.sink.accept([output(request, [4], False) for request in first.requests(2)], 0)
+    first.stop()
+    second = Run(tmp_path, pa.table({"ids": [[1], [2]]}), replica="r1")
+    prepare = second.builder.prepare
+
+    def otherwise(table: pa.Table, keys: Any) -> list[PreparedRow]:
+        return [replace(row, token_ids=[row.token_ids[0] % 2 + 1]) for row in prepare(table, keys) if row.token_ids]
+
+    monkeypatch.setattr(second.builder, "prepare", otherwise)
+    assert [request.completion_token_ids for request in second.requests(2)] == [[], []]
+    second.stop()
+
+
+def test_a_stop_string_is_found_across_the_border(tmp_path: Path) -> None:
+    """Whatever part of it the stopped replica had seen."""
+    tokenizer = Tokenizer.load(Path(package.__file__).parent / "tiny" / "model")
+    (tokens,) = tokenizer.encode_batch(["Return the value of the list"], False)
+    sampling = {"stop": ["e of the l"]}
+    for k in range(1, len(tokens) - 1):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        first = Run(folder, pa.table({"ids": [[1]]}), sampling=sampling, tokenizer=tokenizer)
+        (request,) = first.requests(1)
+        assert first.sink.accept([output(request, tokens[:k], False)], 0) == []
+        first.stop()
+        second = Run(folder, pa.table({"ids": [[1]]}), sampling=sampling, replica="r1", tokenizer=tokenizer)
+        (request,) = second.requests(1)
+        assert request.completion_token_ids == tokens[:k]
+        assert second.sink.accept([TokenOutput(request.request_id, tokens[k:], None, None, None)], 0) == [request.request_id]
+        (row,) = second.finish()
+        assert (row["completion"], row["finish_reason"]) == ("Return the valu", "stop")

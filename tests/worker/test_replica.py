@@ -1,0 +1,181 @@
+"""A replica with a real engine, told when its time is up: it begins nothing it could not finish, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from batchinfer.config import from_dict
+from batchinfer.data.reader import scan_shards
+from batchinfer.data.schema import RowRange
+from batchinfer.engine.engine import build_engine
+from batchinfer.job.claims import ClaimBoard, Identity
+from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.rundir import RunDir
+from batchinfer.job.verify import verify
+from batchinfer.model.config import load_shape
+from batchinfer.model.parallel import TensorParallel
+from batchinfer.worker.progress import Progress
+from batchinfer.worker.replica import Assignment, Replica
+
+ROWS, UNIT, TOKENS = 16, 4, 40
+ARCHITECTURE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "model_type": "llama",
+}
+
+
+def make_run(folder: Path) -> tuple[RunDir, Manifest]:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"ids": [[k + 1, 7, k % 5] for k in range(ROWS)]}), folder / "in.parquet")
+    config = from_dict(
+        {
+            "hw": {"gpu": None},
+            "model": {"load_format": "random", "dtype": "float64", "architecture": ARCHITECTURE},
+            "input": {"paths": [str(folder / "in.parquet")], "token_ids_column": "ids"},
+            "sampling": {"temperature": 0.9, "max_tokens": TOKENS, "ignore_eos": True},
+            "output": {"token_ids": True},
+            "engine": {"max_num_seqs": 4},
+        }
+    )
+    found = scan_shards(config.input.paths)
+    units = tuple((RowRange(0, start, start + UNIT),) for start in range(0, ROWS, UNIT))
+    run_dir = RunDir(folder / "run")
+    return run_dir, Manifest.create(run_dir, config, found, ["ids"], units, request_of(config, found.shards, found.schema))
+
+
+def work(
+    run_dir: RunDir, manifest: Manifest, name: str, left_s: float = 1e9, prepare: Callable[[Replica], Any] = lambda _: None
+) -> bool:
+    config = manifest.config
+    shape = load_shape(config.model)
+    engine = build_engine(config, shape, TensorParallel(), torch.device("cpu"))
+    run_dir.replica(name).mkdir()
+    assignment = Assignment(run_dir, manifest, config, name, None, time.time() + left_s)
+    replica = Replica(assignment, shape, engine, Progress(run_dir, name))
+    prepare(replica)
+    try:
+        return replica.run()
+    finally:
+        engine.close()
+
+
+def rows_of(run_dir: RunDir) -> dict[int, list[int]]:
+    assert verify(run_dir) == []
+    tables = [pq.read_table(path) for path in run_dir.completions.glob("*.parquet")]
+    return {row["row"]: row["token_ids"] for table in tables for row in table.to_pylist()}
+
+
+def decoded(run_dir: RunDir) -> int:
+    return sum(sum(pq.read_table(path)["decode_tokens"].to_pylist()) for path in run_dir.stats.glob("*.parquet"))
+
+
+def nobody_holds(run_dir: RunDir, manifest: Manifest) -> bool:
+    board = ClaimBoard(run_dir, len(manifest.units), Identity.here("observer"), 1e9)
+    left = set(board.pending())
+    return {board.claim() for _ in left} == left
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
+    run_dir, manifest = make_run(tmp_path_factory.mktemp("undisturbed"))
+    assert work(run_dir, manifest, "a")
+    rows = rows_of(run_dir)
+    assert len(rows) == ROWS and decoded(run_dir) == ROWS * TOKENS
+    return rows
+
+
+def after_steps(count: int, then: Callable[[Replica], None]) -> Callable[[Replica], None]:
+    """Calls `then` when the engine has done so many steps."""
+
+    def prepare(replica: Replica) -> None:
+        step, done = replica._engine.step, [0]
+
+        def counted(last: bool = False) -> Any:
+            done[0] += 1
+            if done[0] == count:
+                then(replica)
+            return step(last)
+
+        replica._engine.step = counted  # type: ignore[method-assign]
+
+    return prepare
+
+
+def test_stopped_after_any_step_it_is_gone_on_with(tmp_path: Path, undisturbed: dict[int, list[int]]) -> None:
+    run_dir, manifest = make_run(tmp_path)
+    for number, steps in enumerate((1, 2, 30, 50, 9)):
+        assert not work(run_dir, manifest, f"r{number}", prepare=after_steps(steps, Replica.stop))
+    assert work(run_dir, manifest, "last")
+    assert rows_of(run_dir) == undisturbed
+    assert decoded(run_dir) == ROWS * TOKENS, "no token twice"
+    assert not os.listdir(run_dir.partials)
+
+
+def test_time_that_is_up_is_a_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir, manifest = make_run(tmp_path)
+
+    def slow(replica: Replica) -> None:
+        step = replica._engine.step
+        replica._engine.step = lambda last=False: (time.sleep(0.1), step(last))[1]  # type: ignore[method-assign]
+
+    with caplog.at_level(logging.INFO):
+        assert not work(run_dir, manifest, "a", left_s=3.0, prepare=slow)
+    assert "the time of the job is up" in caplog.text
+    assert run_dir.partial(0, 0).exists() and nobody_holds(run_dir, manifest)
+
+
+def test_what_could_not_be_finished_is_not_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows seem to take an hour from the 20th step on, and half of that is left: what runs is finished, the rest given back."""
+    run_dir, manifest = make_run(tmp_path)
+
+    def seem_long(replica: Replica) -> None:
+        replica._sink.totals.row_s = 3600.0
+
+    with caplog.at_level(logging.INFO):
+        assert not work(run_dir, manifest, "a", left_s=1800.0, prepare=after_steps(20, seem_long))
+    assert "1800 s are left, and a row takes 3600 s: no further row is begun" in caplog.text.replace("1799 s", "1800 s")
+    done = len(run_dir.done_units())
+    assert 1 <= done < len(manifest.units) and nobody_holds(run_dir, manifest)
+    assert decoded(run_dir) % TOKENS == 0, "every row that was begun was finished"
+    assert len(os.listdir(run_dir.partials)) <= 1, "finished rows of a unit that is not complete"
+
+
+def test_a_full_disk_costs_what_was_to_be_saved_and_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir, manifest = make_run(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("batchinfer.worker.pipeline.save_partial", full)
+    assert not work(run_dir, manifest, "a", prepare=after_steps(5, Replica.stop))
+    assert "is lost: [Errno 28] No space left on device" in caplog.text
+    assert nobody_holds(run_dir, manifest)
+
+
+def test_it_can_be_stopped_while_it_waits_for_others(tmp_path: Path) -> None:
+    run_dir, manifest = make_run(tmp_path)
+    other = ClaimBoard(run_dir, len(manifest.units), Identity.here("other"), 1e9)
+    while other.claim() is not None:
+        pass
+    stopping: list[Replica] = []
+    threading.Timer(1.0, lambda: stopping[0].stop()).start()
+    assert not work(run_dir, manifest, "a", prepare=stopping.append)
