@@ -28,6 +28,7 @@ HYDRA_CHOICES = {
     ("--info", "-i"): ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 INTERRUPTED = 130
+WHOLE = "every row is there exactly once, and every hash is right"
 LATER = ("retry", "export")
 
 
@@ -141,14 +142,18 @@ def _report(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str]) -> int:
     run_dir, words = _take_run_dir("verify", arguments)
-    _only_flags("verify", words, ())
-    from batchinfer.job.verify import not_compared, verify
+    flags = _only_flags("verify", words, ("--quick", "--deep"))
+    if len(set(flags)) > 1:
+        raise ConfigError("--quick --deep: at most one of them")
+    from batchinfer.job.origins import not_compared
+    from batchinfer.job.verify import verify
 
     note = not_compared(run_dir)
     if note:
         print(f"note: {note}", flush=True)
-    problems = verify(run_dir)
-    print("\n".join(problems) or f"{run_dir.root}: every row is there exactly once, and every hash is right")
+    problems = verify(run_dir, quick="--quick" in flags, deep="--deep" in flags)
+    what = "every unit is there, and every file is what was written" if "--quick" in flags else WHOLE
+    print("\n".join(problems) or f"{run_dir.root}: {what}")
     return 1 if problems else 0
 
 
@@ -192,7 +197,11 @@ VERBS = {
     "plan": Verb(_plan, "plan [overrides]", "what would happen: memory, layout, time, GPU-hours; needs no GPU and no checkpoint"),
     "status": Verb(_status, "status RUN_DIR [--watch]", "how far a run is"),
     "report": Verb(_report, "report RUN_DIR", "summary.json and a table"),
-    "verify": Verb(_verify, "verify RUN_DIR", "check that every input row came out exactly once, unchanged"),
+    "verify": Verb(
+        _verify,
+        "verify RUN_DIR [--quick | --deep]",
+        "check that every input row came out exactly once, unchanged; quick: only the files' hashes; deep: the weights' too",
+    ),
     "cancel": Verb(_cancel, "cancel RUN_DIR", "stop every job of a run"),
     "profile": Verb(_profile, "profile [overrides]", "where the time of a step goes: a trace and a table"),
     "bench": Verb(

@@ -132,7 +132,7 @@ class RunView:
         for unit, generation in self._run_dir.done_units().items():
             known = self._footers.get(unit)
             if known is None or known.generation < generation:
-                self._footers[unit] = read_footer(self._run_dir.completion(unit, generation))
+                self._footers[unit] = self._run_dir.read_committed(unit, generation, read_footer)
 
     def _replica(self, name: str) -> ReplicaView:
         progress = read_progress(self._run_dir, name)

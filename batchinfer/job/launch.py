@@ -105,7 +105,7 @@ def check_placeable(kind: str, config: Config) -> None:
 def check_completions(run_dir: RunDir) -> None:
     """Raises ConfigError for a file in completions/ that is not whole: its rows would count as done."""
     for unit, generation in run_dir.done_units().items():
-        read_footer(run_dir.completion(unit, generation))
+        run_dir.read_committed(unit, generation, read_footer)
 
 
 def outer_devices(count: int) -> tuple[str, ...]:

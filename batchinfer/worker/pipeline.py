@@ -30,7 +30,7 @@ from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit
 from batchinfer.engine.ordering import order_window
 from batchinfer.engine.sequence import Request, TokenOutput
 from batchinfer.job.claims import ClaimBoard
-from batchinfer.job.manifest import Manifest
+from batchinfer.job.manifest import Manifest, versions
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
 
@@ -202,6 +202,7 @@ class CompletionSink:
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
         self._tokenizer, self._before_commit, self._after_commit = tokenizer, before_commit, after_commit
         self._schema = output_schema(input_schema, manifest.columns, config)
+        self._versions, self._fingerprint = versions(), manifest.fingerprint
         self._running: dict[int, RunningSample] = {}
         self._open: dict[int, OpenUnit] = {}
         self._next_id = 0
@@ -301,7 +302,9 @@ class CompletionSink:
         samples = (result for row in unit.results for result in row)
         self._decode([result for result in samples if result.error is None and result.completion is None])
         table = unit_table(unit.inputs, unit.keys, unit.results, self._config, self._replica, self._schema)
-        footer = unit_footer(unit.number, 0, unit.inputs, table, unit.results, self._replica, self._manifest.versions)
+        footer = unit_footer(
+            unit.number, 0, unit.inputs, table, self._config.output.prefix, self._replica, self._versions, self._fingerprint
+        )
         self._before_commit()
         outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
         self._after_commit()

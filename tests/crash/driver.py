@@ -134,7 +134,7 @@ class Worker:
         results = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
         schema = output_schema(self.schema, manifest.columns, manifest.config)
         table = unit_table(inputs.select(manifest.columns), keys, results, manifest.config, self.replica, schema)
-        footer = unit_footer(unit, generation, inputs, table, results, self.replica, {})
+        footer = unit_footer(unit, generation, inputs, table, "", self.replica, {}, manifest.fingerprint)
         return commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
 
 
