@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import yaml
 
-from batchinfer.cli import LATER, VERBS, main
+from batchinfer.cli import VERBS, main
 from batchinfer.config import Config
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
@@ -127,11 +127,6 @@ def test_wrong_words(refused: Refusal, tmp_path: Path) -> None:
 def test_what_cannot_be_placed_leaves_no_run(request_words: list[str], refused: Refusal) -> None:
     assert "must be 1" in refused(*request_words, "launcher=inline", "launcher.nodes=2")
     assert not Path("outputs").exists()
-
-
-@pytest.mark.parametrize("verb", LATER)
-def test_verbs_of_later_versions(refused: Refusal, verb: str) -> None:
-    assert refused(verb) == f"{verb}: not in this version; verbs: {', '.join(VERBS)}"
 
 
 def test_first_run_freezes_and_the_same_command_goes_on(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:

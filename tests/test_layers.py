@@ -20,13 +20,13 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
-    "bench.ceilings worker.peers bench.points job.outlook",
+    "bench.ceilings worker.peers worker.generations bench.points job.outlook",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify job.origins engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
     "model.loader engine.rank_check job.demand job.layout",
-    "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.peer_exchange model.layers "
-    "model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns "
+    "mechanisms": "compose memory stats job.manifest job.claims job.logs job.retry model.parallel model.peer_exchange "
+    "model.layers model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns "
     "data.sampling data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads "
     "bench.floor ops ops.compiled ops.elementwise ops.attention ops.attention_plan ops.attention_pieces "
     "ops.prefix_groups ops.fused_softmax_attention ops.sampling ops.logprobs ops.skinny ops.peer_memory "

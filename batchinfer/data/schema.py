@@ -60,6 +60,8 @@ ERROR_CODES = (
     "bad_grammar",  # json_schema, regex or choice: not valid, impossible, or beyond what can be followed to its end
     "bad_logits",  # the model's numbers overflowed for this row
 )
+# Those of a row that can never be a prompt, or not for this model: with the same request they come out the same again.
+OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits"}
 
 
 @dataclass(frozen=True)

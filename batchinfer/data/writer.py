@@ -36,7 +36,6 @@ from batchinfer.data.schema import (
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish, temporary
 
-
 HASH_MARK = b'"file_hash": "'
 HASH_BYTES = 8 << 20  # read at once
 SHORT_HASH = 16  # hex digits that say where, once the whole hash has said that something differs

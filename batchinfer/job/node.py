@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
     DONE,
@@ -33,16 +32,13 @@ from batchinfer.job.replica import (
     wait_all,
     write_death,
 )
+from batchinfer.job.retry import is_complete
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import replace_bytes
 
 POLL_S = 0.1
 CANCEL_POLL_S = 1.0
 LINGER_S = 600.0  # more than any KillWait
-
-
-def is_complete(run_dir: RunDir) -> bool:
-    return len(run_dir.done_units()) >= len(Manifest.load(run_dir).units)
 
 
 def identity_of_job(folder: Path, job: int) -> Path:

@@ -169,7 +169,7 @@ class _Verifier:
             yield from self._input_problems(footer, table, inputs, list(samples.values()), self._name(unit))
 
     def _inputs(self, unit: Unit) -> pa.Table | None:
-        if not self._unchanged.issuperset(r.shard for r in unit):  # said once for each shard, not for each unit
+        if not {r.shard for r in unit} <= self._unchanged:  # said once for each shard, not for each unit
             return None
         return self._open_reader(Path(self._manifest.input_root), unit).read(unit)
 

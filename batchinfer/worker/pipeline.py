@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +24,6 @@ from batchinfer.data.grammar import reason
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.results import Logprobs, RowResult
-from batchinfer.data.schema import num_rows
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.engine.ordering import order_window
@@ -33,6 +32,7 @@ from batchinfer.job.claims import ClaimBoard
 from batchinfer.job.manifest import Manifest, versions
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
+from batchinfer.worker.generations import Earlier, Generations, pick_rows
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,13 @@ class OpenUnit:
     inputs: pa.Table
     results: list[list[RowResult]]  # of a row that is not admitted yet: none
     remaining: int  # results still to come: one for each row that is not admitted yet, and the samples that are running
+    generation: int = 0
+    earlier: Earlier | None = None  # what a retry begins from: only some rows are computed, and `results` of the others empty
+
+    def samples(self, index: int, asked: int) -> Sequence[int]:
+        """Those of a row that are to be computed."""
+        wanted = None if self.earlier is None else self.earlier.wanted[index]
+        return range(asked) if wanted is None else wanted
 
 
 @dataclass(slots=True)
@@ -73,9 +80,17 @@ class RequestSource:
     """
 
     def __init__(
-        self, manifest: Manifest, board: ClaimBoard, reader: UnitReader, builder: PromptBuilder, window: int, enough: int
+        self,
+        manifest: Manifest,
+        board: ClaimBoard,
+        reader: UnitReader,
+        builder: PromptBuilder,
+        window: int,
+        enough: int,
+        generations: Generations,
     ):
         self._manifest, self._board, self._reader, self._builder = manifest, board, reader, builder
+        self._generations = generations
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
         self._window, self._enough = window, enough
         self._stop = threading.Event()
@@ -123,20 +138,26 @@ class RequestSource:
         except BaseException as error:
             self._error = error
 
-    def _prepare(self, number: int) -> None:
-        unit = self._manifest.units[number]
+    def _open(self, number: int) -> OpenUnit:
+        """Reads a unit, and what is there of it where a retry is to replace that."""
+        unit, shards = self._manifest.units[number], self._manifest.shards
         table = self._reader.read(unit)
-        shards = self._manifest.shards
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
-        rows = num_rows(unit)
-        opened = OpenUnit(number, keys, table, [[] for _ in range(rows)], rows)
+        earlier = self._generations.earlier(number, keys, table)
+        remaining = len(keys) if earlier is None else len(earlier.wanted)
+        return OpenUnit(number, keys, table, [[] for _ in keys], remaining, self._generations.of(number), earlier)
+
+    def _prepare(self, number: int) -> None:
+        opened = self._open(number)
+        table, keys = opened.inputs, opened.keys
+        rows = range(len(keys)) if opened.earlier is None else sorted(opened.earlier.wanted)
         gathered: list[PendingRow] = []
         step = min(PREPARE_ROWS, self._window)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            prepared = self._builder.prepare(table.slice(start, stop - start), keys[start:stop])
-            gathered += [PendingRow(opened, index, row) for index, row in enumerate(prepared, start)]
-            if stop == rows or len(gathered) >= self._window or self._rows.empty():
+        for start in range(0, len(rows), step):
+            chunk = rows[start : start + step]
+            prepared = self._builder.prepare(pick_rows(table, chunk), [keys[index] for index in chunk])
+            gathered += [PendingRow(opened, index, row) for index, row in zip(chunk, prepared, strict=True)]
+            if start + step >= len(rows) or len(gathered) >= self._window or self._rows.empty():
                 order = order_window([row.prepared.token_ids or [] for row in gathered])
                 if not all(self._put(gathered[i]) for i in order):
                     return
@@ -214,22 +235,26 @@ class CompletionSink:
         """Registers a row. Returns what the engine is to do: a request for each sample, none when the row is an error already."""
         unit, prepared = row.unit, row.prepared
         self._open.setdefault(unit.number, unit)
+        samples = unit.samples(row.index, len(prepared.seeds))
         if prepared.error is not None:
+            if samples:
+                shard, number = unit.keys[row.index]
+                raise RuntimeError(f"row {number} of {shard} was a prompt once and is none now: {prepared.error_message}")
             results = [RowResult(error=prepared.error, error_message=prepared.error_message)]
         else:
-            results = [RowResult(prepared.num_prompt_tokens, sample=sample) for sample in range(len(prepared.seeds))]
+            results = [RowResult(prepared.num_prompt_tokens, sample=sample) for sample in samples]
         unit.results[row.index] = results
         unit.remaining += len(results) - 1
         running = RunningRow(unit, len(results))
         if prepared.error is not None:
             self._finish(running, results[0])
             return []
-        return [self._start(running, result, prepared) for result in results]
+        return [self._start(running, result, prepared, is_first=result is results[0]) for result in results]
 
-    def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow) -> Request:
+    def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow, is_first: bool) -> Request:
         sampling = prepared.sampling
         assert prepared.token_ids is not None and sampling is not None, "it is no error"
-        if result.sample > 0 and sampling.prompt_logprobs is not None:  # it is the first sample's prompt
+        if not is_first and sampling.prompt_logprobs is not None:  # it is the first one's prompt
             sampling = replace(sampling, prompt_logprobs=None)
         checker = None
         if sampling.stop and self._tokenizer is not None:
@@ -302,16 +327,18 @@ class CompletionSink:
         samples = (result for row in unit.results for result in row)
         self._decode([result for result in samples if result.error is None and result.completion is None])
         table = unit_table(unit.inputs, unit.keys, unit.results, self._config, self._replica, self._schema)
-        footer = unit_footer(
-            unit.number, 0, unit.inputs, table, self._config.output.prefix, self._replica, self._versions, self._fingerprint
-        )
+        if unit.earlier is not None:
+            table = unit.earlier.merged(table, unit.keys)
+        origin = (self._replica, self._versions, self._fingerprint)
+        footer = unit_footer(unit.number, unit.generation, unit.inputs, table, self._config.output.prefix, *origin)
         self._before_commit()
-        outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
+        outcome = commit_unit(self._run_dir, unit.number, unit.generation, table, footer, self._config.output.compression)
+        self._run_dir.supersede_unit(unit.number, unit.generation)
         self._after_commit()
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
             return
-        self.totals.rows_committed += len(unit.results)
+        self.totals.rows_committed += sum(map(bool, unit.results))
         self.totals.units_committed += 1
 
     def _decode(self, results: list[RowResult]) -> None:

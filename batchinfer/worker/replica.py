@@ -26,9 +26,11 @@ from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
 from batchinfer.job.process import start_time
+from batchinfer.job.retry import goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
+from batchinfer.worker.generations import Generations
 from batchinfer.worker.pipeline import CompletionSink, RequestSource
 from batchinfer.worker.progress import Progress
 
@@ -80,7 +82,15 @@ class Replica:
         self._weights = Background(self._check_weights, "weights-hash")
         self._recorder = StepRecorder(run_dir, assignment.name, config.stats_every, GpuSampler.start() if config.hw.gpu else None)
         identity = Identity.here(assignment.name)
-        self._board = ClaimBoard(run_dir, len(manifest.units), identity, config.engine.stall_timeout_s)
+        retried = goals(run_dir)
+        generations = Generations(run_dir, retried, config.output.prefix)
+        self._board = ClaimBoard(
+            run_dir,
+            len(manifest.units),
+            identity,
+            config.engine.stall_timeout_s,
+            goals={unit: goal.generation for unit, goal in retried.items()},
+        )
         root = input_root(manifest, config)
         schema = input_schema(manifest, root)
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
@@ -89,7 +99,8 @@ class Replica:
         length, vocab_size = engine.max_model_len, shape.vocab_size
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
-        self._source = RequestSource(manifest, self._board, reader, builder, max(2 * rows, ORDERED_ROWS), enough=-(-rows // 2))
+        window, enough = max(2 * rows, ORDERED_ROWS), -(-rows // 2)
+        self._source = RequestSource(manifest, self._board, reader, builder, window, enough, generations)
         self._sink = CompletionSink(
             run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit, self._source.look
         )

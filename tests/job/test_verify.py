@@ -18,8 +18,8 @@ from batchinfer.data.results import RowResult
 from batchinfer.data.schema import RowRange, UnitFooter
 from batchinfer.data.writer import commit_unit, logical_hash, output_schema, unit_footer, unit_table
 from batchinfer.job.manifest import Manifest, check_weights, hash_weights, request_of
-from batchinfer.job.rundir import RunDir
 from batchinfer.job.origins import not_compared
+from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.publish import temporary
 
