@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import yaml
 
-from batchinfer.cli import VERBS, main
+from batchinfer.cli import main
 from batchinfer.config import Config
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir

@@ -30,9 +30,11 @@ from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit
 from batchinfer.job import manifest as manifest_module
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, check_weights, request_of
+from batchinfer.job.retry import begin, goals
 from batchinfer.job.rundir import TEMPORARY, RunDir
 from batchinfer.job.verify import verify
 from batchinfer.publish import Published
+from batchinfer.worker.generations import Generations
 
 WATCHED: tuple[tuple[Any, str], ...] = (
     (os, "open"),
@@ -51,6 +53,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (pq.ParquetWriter, "write_table"),
     (pq.ParquetWriter, "close"),
 )
+BAD = [RowResult(error="bad_logits", error_message="it overflowed")]
 UNITS = ((RowRange(0, 0, 2),), (RowRange(0, 2, 3), RowRange(1, 0, 2)))
 
 
@@ -115,7 +118,10 @@ class Worker:
 
     def __init__(self, run_dir: RunDir, identity: Identity, stall_timeout_s: float = 1e9):
         self.run_dir, self.manifest = run_dir, Manifest.load(run_dir)
-        self.board = ClaimBoard(run_dir, len(self.manifest.units), identity, stall_timeout_s)
+        retried = goals(run_dir)
+        self.generations = Generations(run_dir, retried, "")
+        generations = {unit: goal.generation for unit, goal in retried.items()}
+        self.board = ClaimBoard(run_dir, len(self.manifest.units), identity, stall_timeout_s, goals=generations)
         self.replica = identity.replica
         root = Path(self.manifest.input_root)
         self.schema = pq.read_schema(root / self.manifest.shards[0].path)
@@ -127,15 +133,23 @@ class Worker:
             self.commit(unit)
         assert self.board.finished(), f"units {self.board.pending()} are lost for ever"
 
-    def commit(self, unit: int, generation: int = 0) -> Published:
-        manifest, shards = self.manifest, self.manifest.shards
+    def commit(self, unit: int, is_bad: Callable[[int], bool] = lambda index: False) -> Published:
+        """`is_bad`: rows, by their place in the unit, that come out as errors."""
+        manifest, shards, generation = self.manifest, self.manifest.shards, self.generations.of(unit)
         inputs = self.reader.read(manifest.units[unit])
         keys = [(shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)]
-        results = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
+        earlier = self.generations.earlier(unit, keys, inputs)
+        good = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
+        results = [BAD if is_bad(index) else row for index, row in enumerate(good)]
+        if earlier is not None:
+            results = [row if index in earlier.wanted else [] for index, row in enumerate(results)]
         schema = output_schema(self.schema, manifest.columns, manifest.config)
         table = unit_table(inputs.select(manifest.columns), keys, results, manifest.config, self.replica, schema)
+        table = table if earlier is None else earlier.merged(table, keys)
         footer = unit_footer(unit, generation, inputs, table, "", self.replica, {}, manifest.fingerprint)
-        return commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
+        outcome = commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
+        self.run_dir.supersede_unit(unit, generation)
+        return outcome
 
 
 def here(name: str) -> Identity:
@@ -235,16 +249,23 @@ def take_over(folder: Path) -> int:
     return for_every_kill(folder, prepare, lambda run_dir: Worker(run_dir, here("second")).run(), check)
 
 
-def second_generation(folder: Path) -> int:
+def retry_errors(folder: Path) -> int:
+    """Killed from the freezing of the goals to the last move; taken up by another retry."""
+
     def prepare(folder: Path) -> RunDir:
         run_dir = create_run(folder)
-        assert in_child(lambda: Worker(run_dir, here("first")).run())
+
+        def make_errors() -> None:
+            worker = Worker(run_dir, here("first"))
+            while (unit := worker.board.claim()) is not None:
+                worker.commit(unit, is_bad=lambda index: index == 1)
+
+        assert in_child(make_errors)
         return run_dir
 
     def retry(run_dir: RunDir) -> None:
-        worker = Worker(run_dir, here("retry"))
-        for unit in range(len(UNITS)):
-            worker.commit(unit, generation=1)
+        begin(run_dir, [])
+        Worker(run_dir, here("retry")).run()
         run_dir.supersede()
 
     def check(run_dir: RunDir) -> None:
@@ -252,6 +273,8 @@ def second_generation(folder: Path) -> int:
         assert in_child(lambda: retry(run_dir))
         check_complete(run_dir, generation=1)
         assert sorted(os.listdir(run_dir.superseded)) == ["000000.0.parquet", "000001.0.parquet"]
+        assert in_child(lambda: retry(run_dir))
+        check_complete(run_dir, generation=1)
 
     return for_every_kill(folder, prepare, retry, check)
 
@@ -295,7 +318,7 @@ SCENARIOS = (
     success_reported_as_failure,
     claim_and_release,
     take_over,
-    second_generation,
+    retry_errors,
     create_manifest,
     small_files,
 )
