@@ -180,6 +180,24 @@ def _verify(arguments: list[str]) -> int:
     return 1 if problems else 0
 
 
+def _export(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("export", arguments)
+    named = next((word for word in words if not word.startswith("-") and "=" not in word), None)
+    if named is None:
+        raise ConfigError(f"export: DEST is missing; usage: python -m batchinfer {VERBS['export'].usage}")
+    words.remove(named)
+    config = _overlaid(run_dir, words, ("export",))
+    from batchinfer.job.export import ExportFailed, export
+
+    try:
+        done = export(run_dir, Path(named).absolute(), config.export)
+    except ExportFailed as error:
+        print(f"batchinfer: {error}", file=sys.stderr)
+        return 1
+    print(f"{named}: {done.files:,} files, {done.rows:,} rows, {done.samples:,} samples")
+    return 0
+
+
 def _cancel(arguments: list[str]) -> int:
     run_dir, words = _take_run_dir("cancel", arguments)
     _only_flags("cancel", words, ())
@@ -225,6 +243,11 @@ VERBS = {
         _verify,
         "verify RUN_DIR [--quick | --deep]",
         "check that every input row came out exactly once, unchanged; quick: only the files' hashes; deep: the weights' too",
+    ),
+    "export": Verb(
+        _export,
+        "export RUN_DIR DEST [export.format=jsonl] [export.incomplete=true]",
+        "one output file for each input shard, in input order",
     ),
     "cancel": Verb(_cancel, "cancel RUN_DIR", "stop every job of a run"),
     "profile": Verb(_profile, "profile [overrides]", "where the time of a step goes: a trace and a table"),

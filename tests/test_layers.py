@@ -22,8 +22,8 @@ LAYERS = {
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
     "bench.ceilings worker.peers worker.generations bench.points job.outlook",
     "machines": "engine.engine job.placing job.node job.replica",
-    "policy": "job.plan job.verify job.origins engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
-    "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
+    "policy": "job.plan job.verify job.origins job.export engine.scheduler engine.batch engine.channel engine.sampler "
+    "engine.logprobs engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
     "model.loader engine.rank_check job.demand job.layout",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs job.retry model.parallel model.peer_exchange "
     "model.layers model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns "

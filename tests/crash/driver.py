@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.config import from_dict
+from batchinfer.config import ExportConfig, from_dict
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.data.results import RowResult
@@ -29,6 +29,7 @@ from batchinfer.data.schema import RowRange
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.job import manifest as manifest_module
 from batchinfer.job.claims import ClaimBoard, Identity
+from batchinfer.job.export import export
 from batchinfer.job.manifest import Manifest, check_weights, request_of
 from batchinfer.job.retry import begin, goals
 from batchinfer.job.rundir import TEMPORARY, RunDir
@@ -46,6 +47,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (os, "rename"),
     (os, "replace"),
     (os, "mkdir"),
+    (os, "rmdir"),
     (os, "listdir"),
     (os, "stat"),
     # Arrow's own writes: between them a temporary file is there, and torn.
@@ -279,6 +281,32 @@ def retry_errors(folder: Path) -> int:
     return for_every_kill(folder, prepare, retry, check)
 
 
+def export_shards(folder: Path) -> int:
+    """The folder is there and whole, or not there; and the next export clears away what a killed one left."""
+    dest = folder / "dest"
+
+    def prepare(folder: Path) -> RunDir:
+        run_dir = create_run(folder)
+        assert in_child(lambda: Worker(run_dir, here("first")).run())
+        return run_dir
+
+    def run_export(run_dir: RunDir) -> None:
+        export(run_dir, dest, ExportConfig())
+
+    def check(run_dir: RunDir) -> None:
+        if not dest.exists():
+            assert in_child(lambda: run_export(run_dir))
+        texts = [pq.read_table(dest / f"{shard}.parquet")["completion"].to_pylist() for shard in "ab"]
+        assert texts == [[f"done: prompt {i}" for i in rows] for rows in (range(3), range(3, 5))]
+        shutil.rmtree(dest)
+        assert in_child(lambda: run_export(run_dir))
+        assert sorted(os.listdir(folder)) == ["data", "dest", "pristine", "run"], "something is left"
+        shutil.rmtree(dest)
+        check_complete(run_dir)
+
+    return for_every_kill(folder, prepare, run_export, check)
+
+
 def create_manifest(folder: Path) -> int:
     def action(run_dir: RunDir) -> None:
         create_run(folder, seed=1)
@@ -319,6 +347,7 @@ SCENARIOS = (
     claim_and_release,
     take_over,
     retry_errors,
+    export_shards,
     create_manifest,
     small_files,
 )

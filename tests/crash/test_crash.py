@@ -18,6 +18,7 @@ LEAST_KILLS = {
     "claim_and_release": 45,
     "take_over": 55,
     "retry_errors": 60,
+    "export_shards": 20,
     "create_manifest": 90,
     "small_files": 28,
 }
