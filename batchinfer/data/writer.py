@@ -233,6 +233,11 @@ def read_footer(path: Path) -> UnitFooter:
         ) from error
 
 
+def read_rows(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a completions file. By row groups, because pyarrow joins no nested dictionaries of several."""
+    return pa.concat_tables(file.read_row_group(group, columns) for group in range(file.metadata.num_row_groups))
+
+
 def logical_hash(table: pa.Table) -> str:
     """Hex digest over the table's column names, types and values in order.
 

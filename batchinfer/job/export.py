@@ -125,8 +125,9 @@ class _Units:
     def pieces(self) -> Iterator[tuple[str, pa.RecordBatch]]:
         for unit, generation in self._done:
             with self._run_dir.read_committed(unit, generation, _open_whole) as file:
-                for batch in file.iter_batches(BATCH_ROWS):
-                    yield from self._by_shard(batch)
+                for group in range(file.metadata.num_row_groups):
+                    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                        yield from self._by_shard(batch)
 
     def _by_shard(self, batch: pa.RecordBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
         runs, start = pc.run_end_encode(batch.column(self._shard)), 0
@@ -251,8 +252,8 @@ class _Lines:
     def write(self, batch: pa.RecordBatch) -> None:
         try:
             rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"export.format=jsonl: a text column holds what is no text ({error}); use parquet") from error
+        except ValueError as error:  # text that is not UTF-8, times of nanoseconds
+            raise ConfigError(f"export.format=jsonl: a value has no JSON ({error}); use export.format=parquet") from error
         for row in rows:
             self._file.write(_json_line(row))
 

@@ -32,6 +32,7 @@ from batchinfer.data.writer import (
     logical_hash,
     our_fields,
     read_footer,
+    read_rows,
     repeat_rows,
 )
 from batchinfer.job.manifest import NOT_NULL, Manifest
@@ -256,7 +257,7 @@ def _read(path: Path) -> pa.Table:
     """All rows of a file; when that fails, with the names of the columns that cannot be read."""
     with pq.ParquetFile(path) as file:
         try:
-            return file.read()
+            return read_rows(file)
         except (OSError, ValueError, pa.ArrowException) as error:
             damaged = [name for name in file.schema_arrow.names if not _is_readable(file, name)]
             if not damaged:
@@ -266,7 +267,7 @@ def _read(path: Path) -> pa.Table:
 
 def _is_readable(file: pq.ParquetFile, column: str) -> bool:
     try:
-        file.read(columns=[column])
+        read_rows(file, [column])
     except (OSError, ValueError, pa.ArrowException):
         return False
     return True

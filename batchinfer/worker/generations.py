@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.data.writer import DamagedFile, file_hash, logical_hash, read_footer
+from batchinfer.data.writer import DamagedFile, file_hash, logical_hash, read_footer, read_rows
 from batchinfer.job.retry import Goal
 from batchinfer.job.rundir import RunDir
 
@@ -87,7 +87,7 @@ def _load(path: Path, inputs: pa.Table) -> pa.Table:
     if logical_hash(inputs) != footer.input_hash:
         raise RuntimeError(f"{path}: its input has changed since it was read, so its error rows cannot be run again")
     with pq.ParquetFile(path) as file:
-        return file.read()
+        return read_rows(file)
 
 
 def _names(table: pa.Table, prefix: str) -> list[tuple[str, int, int]]:
