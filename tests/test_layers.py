@@ -20,7 +20,7 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
-    "bench.ceilings worker.peers worker.generations bench.points job.outlook",
+    "bench.ceilings worker.peers worker.generations worker.environment bench.points job.outlook",
     "machines": "engine.engine job.placing job.node job.replica",
     "policy": "job.plan job.verify job.origins job.export engine.scheduler engine.batch engine.channel engine.sampler "
     "engine.logprobs engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "

@@ -93,6 +93,10 @@ class RunDir:
     def progress(self, replica: str) -> Path:
         return self.replica(replica) / "progress.json"
 
+    def environment(self, replica: str) -> Path:
+        """What a replica ran on and with."""
+        return self.replica(replica) / "environment.json"
+
     def retry_json(self, number: int) -> Path:
         """What a retry is to do, frozen when it was asked for."""
         return self.root / "retries" / f"{number:02d}.json"

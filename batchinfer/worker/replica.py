@@ -30,6 +30,7 @@ from batchinfer.job.retry import goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
+from batchinfer.worker.environment import write_environment
 from batchinfer.worker.generations import Generations
 from batchinfer.worker.pipeline import CompletionSink, RequestSource
 from batchinfer.worker.progress import Progress
@@ -79,7 +80,7 @@ class Replica:
     def __init__(self, assignment: Assignment, shape: ModelShape, engine: Engine, progress: Progress) -> None:
         run_dir, manifest, config = assignment.run_dir, assignment.manifest, assignment.config
         self._assignment, self._engine, self._progress = assignment, engine, progress
-        self._weights = Background(self._check_weights, "weights-hash")
+        self._origins = Background(self._record_origins, "origins")
         self._recorder = StepRecorder(run_dir, assignment.name, config.stats_every, GpuSampler.start() if config.hw.gpu else None)
         identity = Identity.here(assignment.name)
         retried = goals(run_dir)
@@ -171,14 +172,16 @@ class Replica:
             self._board.release(unit)
 
     def _before_commit(self) -> None:
-        self._weights.join()
+        self._origins.join()
         self._recorder.flush()
         self._progress.tick()
 
-    def _check_weights(self) -> None:
-        model = self._assignment.config.model
+    def _record_origins(self) -> None:
+        """What committed rows come from: it is there before them."""
+        assignment, model = self._assignment, self._assignment.config.model
+        write_environment(assignment.run_dir, assignment.name, assignment.config)
         if model.load_format == "safetensors" and model.path:
-            check_weights(self._assignment.run_dir, hash_weights(model.path))
+            check_weights(assignment.run_dir, hash_weights(model.path))
 
     def _gauges(self) -> dict[str, Any]:
         totals, engine = self._sink.totals, self._engine
