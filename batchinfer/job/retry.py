@@ -35,8 +35,8 @@ class Goal:
 def goals(run_dir: RunDir) -> dict[int, Goal]:
     """The goal of every unit that a retry was asked for; of several retries the last one's."""
     found: dict[int, Goal] = {}
-    for path in sorted((run_dir.root / "retries").glob("[0-9]*.json"), key=lambda path: int(path.stem)):
-        raw = json.loads(path.read_bytes())
+    for number in _numbers(run_dir):
+        raw = json.loads(run_dir.retry_json(number).read_bytes())
         found.update({unit: Goal(generation, tuple(raw["codes"]), rows) for unit, generation, rows in raw["units"]})
     return found
 
@@ -62,11 +62,12 @@ def begin(run_dir: RunDir, codes: Sequence[str]) -> dict[int, Goal]:
     if len(run_dir.done_units()) < len(Manifest.load(run_dir).units):
         raise ConfigError(f"{run_dir.root}: rows are missing; finish them first: python -m batchinfer resume {run_dir.root}")
     while True:
+        number = 1 + max(_numbers(run_dir), default=0)  # before all looking: whoever is faster takes this very number
         left = unfinished(run_dir)
         if left:
             return _joined(run_dir, left, codes)
         wanted = _wanted(run_dir, codes)
-        if not wanted or _freeze(run_dir, codes, wanted):
+        if not wanted or _freeze(run_dir, number, codes, wanted):
             return wanted
 
 
@@ -89,6 +90,11 @@ def errors_in(run_dir: RunDir, wanted: Mapping[int, Goal]) -> int:
     """How many output rows of these units are still errors of the codes that their goals name."""
     done = run_dir.done_units()
     return sum(_errors(run_dir.read_committed(unit, done[unit], read_footer), goal) for unit, goal in wanted.items())
+
+
+def _numbers(run_dir: RunDir) -> list[int]:
+    """Of the retries so far."""
+    return sorted(int(path.stem) for path in run_dir.retries.glob("[0-9]*.json"))
 
 
 def _check(codes: Sequence[str]) -> None:
@@ -125,10 +131,8 @@ def _errors(footer: UnitFooter, goal: Goal) -> int:
     return sum(count for code, count in footer.errors.items() if goal.includes(code))
 
 
-def _freeze(run_dir: RunDir, codes: Sequence[str], wanted: Mapping[int, Goal]) -> bool:
+def _freeze(run_dir: RunDir, number: int, codes: Sequence[str], wanted: Mapping[int, Goal]) -> bool:
     """False when somebody else froze a retry first."""
-    folder = run_dir.retry_json(1).parent
-    folder.mkdir(exist_ok=True)
-    number = 1 + max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
+    run_dir.retries.mkdir(exist_ok=True)
     record = {"codes": list(codes), "units": [[unit, goal.generation, goal.rows] for unit, goal in wanted.items()]}
     return publish_bytes(run_dir.retry_json(number), json.dumps(record).encode()) is Published.WON

@@ -78,6 +78,11 @@ class RunDir:
         return self.root / "submissions"
 
     @property
+    def retries(self) -> Path:
+        """Made by the first retry."""
+        return self.root / "retries"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 
@@ -99,7 +104,7 @@ class RunDir:
 
     def retry_json(self, number: int) -> Path:
         """What a retry is to do, frozen when it was asked for."""
-        return self.root / "retries" / f"{number:02d}.json"
+        return self.retries / f"{number:02d}.json"
 
     def submission(self, number: int) -> Path:
         return self.submissions / f"{number:02d}"

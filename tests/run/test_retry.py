@@ -18,7 +18,7 @@ from tests.run.poison import poison
 REQUEST = [
     "model.dtype=float64",
     "sampling.temperature=0.8",
-    "sampling.max_tokens=24",
+    "sampling.max_tokens=12",
     "sampling.n=2",
     "sampling.logprobs=1",
     "sampling.prompt_logprobs=0",
@@ -72,6 +72,7 @@ def test_only_error_rows_are_run_again(poisoned: Path, undisturbed: Path) -> Non
     anew = {*SAMPLES, *((*row, sample) for row in ROWS for sample in range(2))}
     assert {key for key, row in found.items() if row["replica"] == "02-0-0"} == anew
     assert all(found[key] == expected[key] for key in expected.keys() - anew), "a good row is not what it was, to its times"
+    assert all((poisoned / "replicas" / row["replica"] / "environment.json").exists() for row in found.values())
     for key in anew:  # what the model thought of the prompt, which only a row's first sample asks for
         assert [(t and t["token_id"]) for t in found[key]["prompt_logprobs"]] == [
             (t and t["token_id"]) for t in expected[key]["prompt_logprobs"]
@@ -85,6 +86,7 @@ def test_only_error_rows_are_run_again(poisoned: Path, undisturbed: Path) -> Non
     assert len(list((poisoned / "submissions").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_codes_and_refusals(poisoned: Path, undisturbed: Path) -> None:
     poison(poisoned, [(SHARD, 30, 0)], code="bad_grammar")
     wrong = batchinfer("retry", poisoned, "retry.codes=[bad_logit]")
