@@ -131,6 +131,7 @@ def unit_footer(
 ) -> UnitFooter:
     """What the completions file will say of itself. `inputs` is the table that the unit's reader gave, `table` the output, with
     `prefix` before the names of our columns."""
+    content, columns = logical_hashes(table)
     return UnitFooter(
         schema_version=SCHEMA_VERSION,
         unit=unit,
@@ -140,12 +141,12 @@ def unit_footer(
         prompt_tokens=pc.sum(table[prefix + "num_prompt_tokens"]).as_py() or 0,
         completion_tokens=pc.sum(table[prefix + "num_completion_tokens"]).as_py() or 0,
         errors=dict(sorted(Counter(table[prefix + "error"].drop_null().to_pylist()).items())),
-        content_hash=logical_hash(table),
+        content_hash=content,
         input_hash=logical_hash(inputs),
         replica=replica,
         versions=versions,
         fingerprint=fingerprint,
-        column_hashes=column_hashes(table),
+        column_hashes=columns,
         block_hashes=block_hashes(table),
     )
 
@@ -244,15 +245,18 @@ def logical_hash(table: pa.Table) -> str:
     It does not depend on chunks, slices, dictionary encoding, what lies in memory under a null, or anything a Parquet round
     trip may change beside values and types. NaNs with different bits count as different, and so do 0.0 and -0.0.
     """
-    digest = hashlib.blake2b(digest_size=32)
+    return logical_hashes(table)[0]
+
+
+def logical_hashes(table: pa.Table) -> tuple[str, dict[str, str]]:
+    """The logical hash of a table, and those of its columns by themselves, shortened."""
+    whole, columns = hashlib.blake2b(digest_size=32), {}
     for name, column in zip(table.schema.names, table.columns, strict=True):
-        _feed_column(digest, name, column)
-    return digest.hexdigest()
-
-
-def column_hashes(table: pa.Table) -> dict[str, str]:
-    """The logical hash of each column by itself, shortened."""
-    return {name: logical_hash(table.select([name]))[:SHORT_HASH] for name in table.column_names}
+        alone, texts = hashlib.blake2b(digest_size=32), _column_texts(name, column)
+        for digest in (whole, alone):
+            _feed(digest, texts)
+        columns[name] = alone.hexdigest()[:SHORT_HASH]
+    return whole.hexdigest(), columns
 
 
 def block_hashes(table: pa.Table) -> list[str]:
@@ -260,12 +264,12 @@ def block_hashes(table: pa.Table) -> list[str]:
     return [logical_hash(table.slice(start, BLOCK_ROWS))[:SHORT_HASH] for start in range(0, table.num_rows, BLOCK_ROWS)]
 
 
-def _feed_column(digest: Any, name: str, column: pa.ChunkedArray) -> None:
+def _column_texts(name: str, column: pa.ChunkedArray) -> list[str]:
     streams = _Streams(lambda: hashlib.blake2b(digest_size=32))
     for chunk in column.chunks:
         _update(streams, "", chunk)
-    _feed(digest, [name, _type_name(column.type), str(len(column))])
-    _feed(digest, [part for path, stream in sorted(streams.items()) for part in (path, stream.hexdigest())])
+    hashes = [part for path, stream in sorted(streams.items()) for part in (path, stream.hexdigest())]
+    return [name, _type_name(column.type), str(len(column)), *hashes]
 
 
 # One running hash for each buffer of a nested column, by its path: chunks append to them, so their borders leave no trace.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -27,9 +27,9 @@ from batchinfer.data.reader import UnitReader
 from batchinfer.data.schema import BLOCK_ROWS, SCHEMA_VERSION, Unit, UnitFooter, num_rows
 from batchinfer.data.writer import (
     block_hashes,
-    column_hashes,
     file_hash,
     logical_hash,
+    logical_hashes,
     our_fields,
     read_footer,
     read_rows,
@@ -122,24 +122,25 @@ class _Verifier:
         if columns != self._columns:
             yield _column_problem(columns, self._columns)
             return
-        if logical_hash(table) != footer.content_hash:
-            yield f"its rows are not those that were written: {self._difference(footer, table)}"
+        content, found = logical_hashes(table)
+        if content != footer.content_hash:
+            yield f"its rows are not those that were written: {self._difference(footer, table, found)}"
         yield from self._total_problems(footer, table)
         yield from self._row_problems(footer, table, self._manifest.units[unit])
 
-    def _difference(self, footer: UnitFooter, table: pa.Table) -> str:
-        """Which columns, and between which rows, as far as the footer's smaller hashes tell."""
-        found = column_hashes(table)
+    def _difference(self, footer: UnitFooter, table: pa.Table, found: Mapping[str, str]) -> str:
+        """Which columns, and between which rows, as far as the footer's smaller hashes tell. `found`: the columns' hashes now."""
         columns = [repr(name) for name in table.column_names if footer.column_hashes.get(name) != found[name]]
-        pairs = enumerate(zip_longest(block_hashes(table), footer.block_hashes))
-        blocks = [number for number, (now, then) in pairs if now != then]
-        what = f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)}" if columns else "the content hash"
-        if not blocks or blocks[-1] * BLOCK_ROWS >= table.num_rows:
-            return f"{what} differ{'' if len(columns) > 1 else 's'}"
-        first, last = blocks[0] * BLOCK_ROWS, min((blocks[-1] + 1) * BLOCK_ROWS, table.num_rows) - 1
-        keys = self._keys(table.slice(first, last - first + 1))
-        where = f"between row {keys[0][1]} of shard {keys[0][0]} and row {keys[-1][1]} of shard {keys[-1][0]}"
-        return f"{what} differ{'' if len(columns) > 1 else 's'} {where}"
+        if not columns:
+            return "the content hash differs"
+        what = f"columns {', '.join(columns)} differ" if len(columns) > 1 else f"column {columns[0]} differs"
+        blocks = [block for block, pair in enumerate(zip_longest(block_hashes(table), footer.block_hashes)) if len(set(pair)) > 1]
+        if not blocks or blocks[-1] * BLOCK_ROWS >= table.num_rows:  # there are fewer rows than were written
+            return what
+        start = blocks[0] * BLOCK_ROWS
+        keys = self._keys(table.slice(start, (blocks[-1] + 1) * BLOCK_ROWS - start))
+        (first_shard, first, _), (last_shard, last, _) = keys[0], keys[-1]
+        return f"{what} between row {first} of shard {first_shard} and row {last} of shard {last_shard}"
 
     def _total_problems(self, footer: UnitFooter, table: pa.Table) -> Iterator[str]:
         errors = Counter(table[self._prefix + "error"].drop_null().to_pylist())
