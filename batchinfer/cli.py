@@ -28,7 +28,7 @@ HYDRA_CHOICES = {
     ("--info", "-i"): ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 INTERRUPTED = 130
-LATER = ("retry", "export")
+WHOLE = "every row is there exactly once, and every hash is right"
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,6 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
     first = arguments[0] if arguments else ""
     if first in VERBS:
         return first, arguments[1:]
-    if first in LATER:
-        raise ConfigError(f"{first}: not in this version; verbs: {', '.join(VERBS)}")
     if first and "=" not in first and not first.startswith(("-", "~", "+")):
         close = difflib.get_close_matches(first, VERBS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -87,26 +85,52 @@ def _run(arguments: list[str]) -> int:
     return max(codes)
 
 
-def _submit(config: Config) -> int:
-    """Freezes the plan, or finds it frozen, and places the jobs. What cannot be placed leaves no run behind."""
+def _submit(config: Config, before: Callable[[RunDir], bool] = lambda run_dir: True) -> int:
+    """Freezes the plan, or finds it frozen, and places the jobs, unless `before` finds nothing to do. What cannot be placed
+    leaves nothing behind."""
     from batchinfer.job.launch import check_placeable, resolve_kind, run_job
     from batchinfer.job.plan import freeze, make_plan
 
     plan = make_plan(config)
     here = plan.submission()
     check_placeable(resolve_kind(here), here)
-    return run_job(freeze(plan), here, expected=plan.expected())
+    run_dir = freeze(plan)
+    return run_job(run_dir, here, expected=plan.expected()) if before(run_dir) else 0
 
 
 def _resume(arguments: list[str]) -> int:
     run_dir, words = _take_run_dir("resume", arguments)
+    return _submit(_overlaid(run_dir, words, MAY_CHANGE))
+
+
+def _retry(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("retry", arguments)
+    config = _overlaid(run_dir, words, (*MAY_CHANGE, "retry"))
+    from batchinfer.job.retry import Goal, begin, describe, errors_in
+
+    wanted: dict[int, Goal] = {}
+
+    def before(run_dir: RunDir) -> bool:
+        wanted.update(begin(run_dir, config.retry.codes))
+        print(describe(run_dir, wanted), flush=True)
+        return bool(wanted)
+
+    code = _submit(config, before)
+    rows, left = sum(goal.rows for goal in wanted.values()), errors_in(run_dir, wanted)
+    if wanted and (code != 0 or config.launcher.wait):
+        print(f"retry: {rows - left:,} of {rows:,} error rows have a completion now", flush=True)
+    return code
+
+
+def _overlaid(run_dir: RunDir, words: list[str], may_change: Sequence[str]) -> Config:
+    """The frozen config of a run with overrides on top."""
     _, overrides = _split(words, ())
     from batchinfer.compose import overlay
     from batchinfer.job.manifest import Manifest
 
     frozen = Manifest.load(run_dir).config
     here = replace(frozen, output=replace(frozen.output, dir=str(run_dir.root)))  # the folder may have moved
-    return _submit(overlay(here, overrides, MAY_CHANGE))
+    return overlay(here, overrides, may_change)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -141,15 +165,37 @@ def _report(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str]) -> int:
     run_dir, words = _take_run_dir("verify", arguments)
-    _only_flags("verify", words, ())
-    from batchinfer.job.verify import not_compared, verify
+    flags = _only_flags("verify", words, ("--quick", "--deep"))
+    if len(set(flags)) > 1:
+        raise ConfigError("--quick --deep: at most one of them")
+    from batchinfer.job.origins import not_compared
+    from batchinfer.job.verify import verify
 
     note = not_compared(run_dir)
     if note:
         print(f"note: {note}", flush=True)
-    problems = verify(run_dir)
-    print("\n".join(problems) or f"{run_dir.root}: every row is there exactly once, and every hash is right")
+    problems = verify(run_dir, quick="--quick" in flags, deep="--deep" in flags)
+    what = "every unit is there, and every file is what was written" if "--quick" in flags else WHOLE
+    print("\n".join(problems) or f"{run_dir.root}: {what}")
     return 1 if problems else 0
+
+
+def _export(arguments: list[str]) -> int:
+    run_dir, words = _take_run_dir("export", arguments)
+    named = next((word for word in words if not word.startswith("-") and "=" not in word), None)
+    if named is None:
+        raise ConfigError(f"export: DEST is missing; usage: python -m batchinfer {VERBS['export'].usage}")
+    words.remove(named)
+    config = _overlaid(run_dir, words, ("export",))
+    from batchinfer.job.export import ExportFailed, export
+
+    try:
+        done = export(run_dir, Path(named).absolute(), config.export)
+    except ExportFailed as error:
+        print(f"batchinfer: {error}", file=sys.stderr)
+        return 1
+    print(f"{named}: {done.files:,} files, {done.rows:,} rows, {done.samples:,} samples")
+    return 0
 
 
 def _cancel(arguments: list[str]) -> int:
@@ -189,10 +235,20 @@ VERBS = {
         "run a request, or go on with it; without arguments: the shipped model over the shipped sample",
     ),
     "resume": Verb(_resume, "resume RUN_DIR [overrides]", f"finish what is missing; may change: {', '.join(MAY_CHANGE)}"),
+    "retry": Verb(_retry, "retry RUN_DIR [retry.codes=[...]] [overrides]", "run the error rows again, into the same run"),
     "plan": Verb(_plan, "plan [overrides]", "what would happen: memory, layout, time, GPU-hours; needs no GPU and no checkpoint"),
     "status": Verb(_status, "status RUN_DIR [--watch]", "how far a run is"),
     "report": Verb(_report, "report RUN_DIR", "summary.json and a table"),
-    "verify": Verb(_verify, "verify RUN_DIR", "check that every input row came out exactly once, unchanged"),
+    "verify": Verb(
+        _verify,
+        "verify RUN_DIR [--quick | --deep]",
+        "check that every input row came out exactly once, unchanged; quick: only the files' hashes; deep: the weights' too",
+    ),
+    "export": Verb(
+        _export,
+        "export RUN_DIR DEST [export.format=jsonl] [export.incomplete=true]",
+        "one output file for each input shard, in input order",
+    ),
     "cancel": Verb(_cancel, "cancel RUN_DIR", "stop every job of a run"),
     "profile": Verb(_profile, "profile [overrides]", "where the time of a step goes: a trace and a table"),
     "bench": Verb(
@@ -255,7 +311,7 @@ def _check_flag(arguments: list[str], flags: tuple[str, ...], valid: tuple[str, 
 
 def _help(verb: str) -> int:
     """The verb's line; for verbs that take overrides also the groups, from Hydra, and every key."""
-    if verb not in ("run", "resume", "plan", "bench", "profile"):
+    if verb not in ("run", "resume", "retry", "plan", "bench", "profile"):
         print(f"usage: python -m batchinfer {VERBS[verb].usage}\n{VERBS[verb].help}")
         return 0
     from batchinfer.compose import show_with_hydra

@@ -238,6 +238,21 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class RetryConfig:
+    """What `retry` runs again."""
+
+    codes: list[str] = _key([], THROUGHPUT, "error codes whose rows to run again; default: all")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `export` writes."""
+
+    format: str = _key("parquet", THROUGHPUT, "of the files", choices=("parquet", "jsonl"))
+    incomplete: bool = _key(False, THROUGHPUT, "export a run of which rows are missing, without them")
+
+
+@dataclass(frozen=True)
 class Config:
     """One request, complete and checked. Built by `from_dict`, frozen into the manifest by `to_dict`."""
 
@@ -257,6 +272,8 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested as the YAML is: `from_dict(config.to_dict()) == config`."""

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchinfer.data.schema import UnitFooter, num_rows
@@ -21,6 +21,7 @@ from batchinfer.job.claims import Identity
 from batchinfer.job.logs import LogFollower
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, read_death, read_progress
+from batchinfer.job.retry import unfinished
 from batchinfer.job.rundir import RunDir
 
 POLL_S = 0.5
@@ -68,6 +69,7 @@ class Snapshot:
     completion_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     replicas: list[ReplicaView] = field(default_factory=list)
+    is_retry: bool = False  # then rows and units are those of the retry
 
     @property
     def is_complete(self) -> bool:
@@ -90,7 +92,7 @@ class Snapshot:
     def eta_s(self) -> float | None:
         """Rows left, at the mean length of the completions so far and the present rate."""
         rate = self.total("completion_tok_s")
-        if not rate or not self.rows:
+        if not rate or not self.rows or self.is_retry:
             return None
         left = max(0, self.rows_total - self.rows - self.rows_in_progress)
         return left * (self.completion_tokens / self.rows) / rate
@@ -104,6 +106,7 @@ class RunView:
         self._run_dir, self._clock = run_dir, clock
         self._rows_total, self._units_total = sum(map(num_rows, manifest.units)), len(manifest.units)
         self._footers: dict[int, UnitFooter] = {}
+        self._retry = unfinished(run_dir)
         self._here = Identity.here("observer")
         self._beats: dict[str, tuple[Any, float]] = {}  # replica -> heartbeat, and our clock when it was first seen
 
@@ -126,13 +129,29 @@ class RunView:
             snapshot.errors.update(footer.errors)
         ahead = (int(replica.number("rows_done")) - committed[replica.name] for replica in snapshot.working)
         snapshot.rows_in_progress = 0 if snapshot.is_complete else sum(max(0, rows) for rows in ahead)
-        return snapshot
+        return self._of_retry(snapshot) if self._retry else snapshot
+
+    def _of_retry(self, snapshot: Snapshot) -> Snapshot:
+        """The whole run is there already: what counts is how much of it has been made anew."""
+        there = {unit: footer.generation for unit, footer in self._footers.items()}
+        reached = [goal for unit, goal in self._retry.items() if there.get(unit, -1) >= goal.generation]
+        rows = sum(goal.rows for goal in reached)
+        total = sum(goal.rows for goal in self._retry.values())
+        return replace(
+            snapshot,
+            rows_total=total,
+            units_total=len(self._retry),
+            rows=rows,
+            samples=rows,
+            units=len(reached),
+            is_retry=True,
+        )
 
     def _read_new_footers(self) -> None:
         for unit, generation in self._run_dir.done_units().items():
             known = self._footers.get(unit)
             if known is None or known.generation < generation:
-                self._footers[unit] = read_footer(self._run_dir.completion(unit, generation))
+                self._footers[unit] = self._run_dir.read_committed(unit, generation, read_footer)
 
     def _replica(self, name: str) -> ReplicaView:
         progress = read_progress(self._run_dir, name)
@@ -278,7 +297,8 @@ def line(snapshot: Snapshot) -> str:
     """The run in one line."""
     percent = 100 * snapshot.rows / snapshot.rows_total if snapshot.rows_total else 100.0
     units = f"{snapshot.units:,}/{snapshot.units_total:,} units"
-    parts = [f"{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {units}"]
+    what = "retry: " if snapshot.is_retry else ""
+    parts = [f"{what}{snapshot.rows:,}/{snapshot.rows_total:,} rows ({percent:.0f}%), {units}"]
     if snapshot.samples != snapshot.rows:
         parts.append(f"{snapshot.samples:,} samples")
     if snapshot.rows_in_progress:

@@ -150,6 +150,20 @@ def visible_gpus(mask: str | None = None) -> list[VisibleGPU]:
         pynvml.nvmlShutdown()
 
 
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _handles(nvml: Any, mask: str | None) -> Iterator[Any]:
     whole = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if mask is None:

@@ -43,7 +43,7 @@ def publish(tmp: Path, final: Path) -> Published:
     """
     try:
         won = _publish_synced(tmp, final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
@@ -70,7 +70,7 @@ def replace_bytes(final: Path, data: bytes, durable: bool = False) -> None:
             os.unlink(tmp)
         raise
     if durable:
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
 
 
 def probe(folder: Path) -> None:
@@ -169,7 +169,8 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power cut."""
     try:
         _sync(folder)
     except OSError as error:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.data.schema import num_rows
+from batchinfer.data.schema import OF_THE_ROW, UnitFooter, num_rows
 from batchinfer.data.writer import DamagedFile, read_footer
 from batchinfer.display import duration
 from batchinfer.job.manifest import Manifest
@@ -30,6 +31,8 @@ from batchinfer.stats import QUANTILES, segments
 SAMPLES, SAMPLE_CHARS = 3, 200
 Span = tuple[float, float]  # a replica's first step's start and last step's end
 FIRST_COLUMNS = ("shard", "row", "sample", "completion")
+ERROR_COLUMNS = ("shard", "row", "sample", "error", "error_message")
+REPORTED = (*ERROR_COLUMNS, "finish_reason", "ttft_s", "latency_s", "num_completion_tokens")
 SUMMED = ("steps", "prefill_seqs", "decode_seqs", "prefill_tokens", "prefix_hit_tokens", "preempted")
 STEP_COLUMNS = ["started", "duration_s", "kv_blocks_used", "kv_blocks_total", "gpu_memory_bytes", *SUMMED]
 SHORT = 0.95  # a prediction is of completions at full length: those with less than this share of it are spoken of
@@ -109,40 +112,53 @@ def report(run_dir: RunDir) -> int:
     return 0
 
 
-def _files(run_dir: RunDir) -> Iterator[Path]:
-    """The completions that count, in order of units."""
-    for unit, generation in sorted(run_dir.done_units().items()):
-        yield run_dir.completion(unit, generation)
+def _units(run_dir: RunDir) -> list[tuple[int, int]]:
+    """The units that are done, and their generations that count, in order."""
+    return sorted(run_dir.done_units().items())
 
 
 def _rows(run_dir: RunDir, prefix: str) -> dict[str, Any]:
     errors: Counter[str] = Counter()
-    where: dict[str, str] = {}
+    examples: dict[str, dict[str, Any]] = {}
     reasons: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     histograms: dict[str, LogHistogram] = {name: LogHistogram() for name in ("ttft_s", "latency_s", "inter_token_s")}
-    for path in _files(run_dir):
-        footer = read_footer(path)
+    for unit, generation in _units(run_dir):
+        path, footer, columns = run_dir.read_committed(unit, generation, partial(_look, prefix=prefix))
         sums.update({name: getattr(footer, name) for name in ("rows", "samples", "prompt_tokens", "completion_tokens")}, units=1)
         errors.update(footer.errors)
-        where.update({code: str(path) for code in footer.errors if code not in where})
-        _add_columns(path, prefix, reasons, histograms)
+        if footer.errors.keys() - examples.keys():
+            examples = _first_errors(path, columns) | examples
+        _add_columns(columns, reasons, histograms)
     return {
         **{name: sums[name] for name in ("rows", "units", "samples", "prompt_tokens", "completion_tokens")},
         "error_rows": errors.total(),
-        "errors": {code: {"rows": count, "first_in": where[code]} for code, count in sorted(errors.items())},
+        "errors": {code: {"rows": count, **examples[code]} for code, count in sorted(errors.items())},
         "finish_reasons": dict(sorted(reasons.items())),
         **{name: histogram.summary() for name, histogram in histograms.items()},
     }
 
 
-def _add_columns(path: Path, prefix: str, reasons: Counter[str], histograms: Mapping[str, LogHistogram]) -> None:
+def _look(path: Path, prefix: str) -> tuple[Path, UnitFooter, pa.Table]:
+    """What the report needs of a file, its columns named without the prefix. Changes nothing: it may be called again."""
+    footer = read_footer(path)  # first: it says what is wrong with a torn file
+    columns = pq.read_table(path, columns=[prefix + name for name in REPORTED])
+    return path, footer, columns.rename_columns(list(REPORTED))
+
+
+def _first_errors(path: Path, columns: pa.Table) -> dict[str, dict[str, Any]]:
+    """By code, where the first such row of a file is and what it says."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in columns.filter(columns["error"].is_valid()).select(ERROR_COLUMNS).to_pylist():
+        found.setdefault(row.pop("error"), row | {"first_in": str(path)})
+    return found
+
+
+def _add_columns(columns: pa.Table, reasons: Counter[str], histograms: Mapping[str, LogHistogram]) -> None:
     """The inter-token time of a row is its mean one: (latency - first token) / (tokens - 1)."""
-    names = ("finish_reason", "ttft_s", "latency_s", "num_completion_tokens")
-    columns = pq.read_table(path, columns=[prefix + name for name in names])
-    for entry in columns[prefix + "finish_reason"].value_counts().to_pylist():
+    for entry in columns["finish_reason"].value_counts().to_pylist():
         reasons[entry["values"]] += entry["counts"]
-    ttft, latency, tokens = (_floats(columns[prefix + name]) for name in names[1:])
+    ttft, latency, tokens = (_floats(columns[name]) for name in ("ttft_s", "latency_s", "num_completion_tokens"))
     histograms["ttft_s"].add(ttft[~np.isnan(ttft)])
     histograms["latency_s"].add(latency[~np.isnan(latency)])
     several = (tokens > 1) & ~np.isnan(ttft) & ~np.isnan(latency)
@@ -231,8 +247,31 @@ def _replicas(run_dir: RunDir) -> dict[str, Any]:
             "rows_done": progress.get("rows_done", 0),
             "phases_s": progress.get("phases", {}),
             "died": death.sentence() if death else None,
+            "environment": _read_json(run_dir.environment(folder.name)),
         }
     return found
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is nothing that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _made_on(summary: Mapping[str, Any]) -> str:
+    """Hosts, GPUs and programs of the replicas that said them."""
+    found = [r["environment"] for r in summary["replicas"].values() if r["environment"]]
+    if not found:
+        return ""
+    gpus = Counter(gpu for gpu, _ in {(gpu["gpu"], gpu["uuid"]) for e in found for gpu in e["gpus"]})
+    commits = sorted({e["git_commit"][:12] + "-dirty" * e["git_commit"].endswith("-dirty") for e in found if e["git_commit"]})
+    drivers, torches = sorted({e["driver"] for e in found if e["driver"]}), sorted({e["versions"]["torch"] for e in found})
+    hosts = len({e["host"] for e in found})
+    parts = [f"{hosts:,} host{'' if hosts == 1 else 's'}", *(f"{count:,} x {gpu}" for gpu, count in sorted(gpus.items()))]
+    named = (("driver", drivers), ("torch", torches), ("commit", commits))
+    return ", ".join([*parts, *(f"{name} {' and '.join(values)}" for name, values in named if values)])
 
 
 def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -242,10 +281,8 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{summary['rows']:,} of {summary['rows_total']:,} ({summary['units']:,} of {summary['units_total']:,} units)"),
         ("samples", f"{summary['samples']:,}" if several else ""),
         ("finish reasons", ", ".join(f"{reason} {count:,}" for reason, count in summary["finish_reasons"].items())),
-        *(
-            (f"error {code}", f"{e['rows']:,} row{'' if e['rows'] == 1 else 's'}, the first in {e['first_in']}")
-            for code, e in summary["errors"].items()
-        ),
+        *((f"error {code}", _error_line(error)) for code, error in summary["errors"].items()),
+        ("run them again", _retry_line(summary)),
         ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"]) + (", of each sample" if several else "")),
         ("prefix cache", _prefix_line(summary)),
         ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
@@ -256,9 +293,22 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("steps", _step_line(summary)),
         *_predicted_lines(summary["predicted"]),
+        ("made on", _made_on(summary)),
         *((f"replica {name}", _replica_line(replica)) for name, replica in summary["replicas"].items()),
     ]
     return [(what, how) for what, how in lines if how]
+
+
+def _retry_line(summary: Mapping[str, Any]) -> str:
+    if not summary["errors"]:
+        return ""
+    hopeless = "" if summary["errors"].keys() - OF_THE_ROW else " (with the same result, unless the program has changed)"
+    return f"python -m batchinfer retry {summary['run']}{hopeless}"
+
+
+def _error_line(error: Mapping[str, Any]) -> str:
+    rows = f"{error['rows']:,} row{'' if error['rows'] == 1 else 's'}"
+    return f"{rows}, the first {error['shard']}:{error['row']}: {_shorten(error['error_message'])}"
 
 
 def _with_rate(count: int, rate: float | None) -> str:
@@ -316,8 +366,8 @@ def first_completions(run_dir: RunDir) -> list[str]:
     """The first samples of the first rows that have one, shortened: one sees at a glance whether they are text."""
     prefix = Manifest.load(run_dir).config.output.prefix
     found: list[str] = []
-    for path in _files(run_dir):
-        with pq.ParquetFile(path) as file:
+    for unit, generation in _units(run_dir):
+        with run_dir.read_committed(unit, generation, pq.ParquetFile) as file:
             for batch in file.iter_batches(64, columns=[prefix + name for name in FIRST_COLUMNS]):
                 rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
                 found += [f"{shard}:{row}: {_shorten(text)}" for shard, row, k, text in rows if k == 0 and text is not None]

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 import yaml
 
-from batchinfer.cli import LATER, VERBS, main
+from batchinfer.cli import main
 from batchinfer.config import Config
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
@@ -129,9 +129,22 @@ def test_what_cannot_be_placed_leaves_no_run(request_words: list[str], refused: 
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("verb", LATER)
-def test_verbs_of_later_versions(refused: Refusal, verb: str) -> None:
-    assert refused(verb) == f"{verb}: not in this version; verbs: {', '.join(VERBS)}"
+def test_retry_and_export_of_a_run_without_rows(
+    request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal
+) -> None:
+    assert main(request_words) == 0
+    missing = "/outputs/r: rows are missing; finish them first: python -m batchinfer resume "
+    assert missing in refused("retry", "outputs/r", "launcher.nodes=2")
+    assert refused("retry", "outputs/r", "seed=1").startswith("seed=1: cannot change when a run is resumed; what may: hw,")
+    assert refused("retry", "hw=cpu").startswith(
+        "retry: RUN_DIR is missing; usage: python -m batchinfer retry RUN_DIR [retry.codes="
+    )
+    assert refused("export", "outputs/r").startswith("export: DEST is missing; usage: python -m batchinfer export RUN_DIR DEST")
+    assert "no row is committed, so there is nothing to export" in refused("export", "outputs/r", "dest")
+    assert refused("export", "outputs/r", "dest", "hw=cpu").startswith("hw=cpu: cannot change")
+    assert "must be one of parquet, jsonl" in refused("export", "outputs/r", "dest", "export.format=csv")
+    assert refused("verify", "outputs/r", "--quick", "--deep") == "--quick --deep: at most one of them"
+    assert len(placed) == 1 and not Path("dest").exists() and not Path("outputs/r/retries").exists()
 
 
 def test_first_run_freezes_and_the_same_command_goes_on(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:

@@ -17,6 +17,7 @@ from batchinfer.display import RunView, _picture, duration, line, status, watch
 from batchinfer.job.claims import Identity
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, write_death
+from batchinfer.job.retry import begin
 from batchinfer.job.rundir import RunDir
 
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}
@@ -32,11 +33,11 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None, samples: int = 1000) -> None:
+def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None, samples: int = 1000, generation: int = 0) -> None:
     footer = {
         "schema_version": 2,
         "unit": unit,
-        "generation": 0,
+        "generation": generation,
         "rows": 1000,
         "samples": samples,
         "prompt_tokens": 9000,
@@ -47,7 +48,21 @@ def commit(run_dir: RunDir, unit: int, errors: dict[str, int] | None = None, sam
         "replica": "01-0-0",
         "versions": {},
     }
-    pq.write_table(pa.table({}).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)}), run_dir.completion(unit, 0))
+    pq.write_table(pa.table({}).replace_schema_metadata({FOOTER_KEY: json.dumps(footer)}), run_dir.completion(unit, generation))
+
+
+def test_line_of_a_retry(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    for unit in range(2):
+        commit(run_dir, unit, {"bad_logits": 3 + unit})
+    begin(run_dir, [])
+    view = RunView(run_dir)
+    assert line(view.look()) == "retry: 0/7 rows (0%), 0/2 units; 7 error rows (bad_logits 7)"
+    assert status(run_dir) == 0 and capsys.readouterr().out.startswith("retry: 0/7 rows")
+    commit(run_dir, 1, {"bad_logits": 1}, generation=1)
+    assert line(view.look()) == "retry: 4/7 rows (57%), 1/2 units; 4 error rows (bad_logits 4)" and not view.look().is_complete
+    commit(run_dir, 0, generation=1)
+    assert line(view.look()) == "retry: 7/7 rows (100%), 2/2 units; 1 error rows (bad_logits 1); complete"
+    assert line(RunView(run_dir).look()) == "2,000/2,000 rows (100%), 2/2 units; 1 error rows (bad_logits 1); complete"
 
 
 def say(run_dir: RunDir, name: str, **progress: object) -> None:

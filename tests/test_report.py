@@ -44,6 +44,8 @@ def commit(run_dir: RunDir, unit: int, generation: int, completions: list[str | 
         "x_row": pa.array(range(rows)),
         "x_sample": pa.array([0] * rows),
         "x_completion": pa.array(completions, pa.string()),
+        "x_error": pa.array(["null_prompt" if text is None else None for text in completions], pa.string()),
+        "x_error_message": pa.array([f"why {i}" if text is None else None for i, text in enumerate(completions)], pa.string()),
         "x_finish_reason": pa.array(["error" if text is None else "stop" for text in completions]),
         "x_ttft_s": pa.array([None if text is None else 1.0 for text in completions], pa.float64()),
         "x_latency_s": pa.array([None if text is None else 3.0 for text in completions], pa.float64()),
@@ -67,6 +69,9 @@ def run_dir(tmp_path: Path) -> RunDir:
         (run_dir.replica(name)).mkdir()
         progress = {"beat": 1, "phase": "done", "rows_done": 3, "phases": {"load": 2.5, "first_token": 4.0}}
         run_dir.progress(name).write_text(json.dumps(progress))
+        gpus = [{"gpu": "h200", "memory_bytes": 1, "uuid": f"GPU-{i}"} for i in range(2)]  # both replicas name the same two
+        environment = {"host": "a", "gpus": gpus, "driver": "570.1", "git_commit": "0123456789abcdef-dirty"}
+        run_dir.environment(name).write_text(json.dumps(environment | {"versions": {"torch": "2.11"}}))
         recorder = StepRecorder(run_dir, name)
         for number in range(last):
             recorder.record(
@@ -106,7 +111,8 @@ def test_summary(run_dir: RunDir) -> None:
     assert (summary["rows"], summary["rows_total"], summary["units"], summary["complete"]) == (6, 9, 2, False)
     assert (summary["prompt_tokens"], summary["completion_tokens"]) == (60, 20)
     first = str(run_dir.completion(0, 1))
-    assert (summary["error_rows"], summary["errors"]) == (2, {"null_prompt": {"rows": 2, "first_in": first}})
+    example = {"shard": "a.parquet", "row": 1, "sample": 0, "error_message": "why 1", "first_in": first}
+    assert (summary["error_rows"], summary["errors"]) == (2, {"null_prompt": {"rows": 2, **example}})
     assert summary["finish_reasons"] == {"error": 2, "stop": 4}
     assert (summary["wall_s"], summary["tail_s"], summary["rows_s"], summary["tokens_out_s"]) == (8.0, 3.0, 6 / 8, 20 / 8)
     assert (summary["steps"], summary["mean_batch_size"], summary["kv_peak_share"], summary["preemptions"]) == (13, 4.0, 0.7, 2)
@@ -121,6 +127,10 @@ def test_report_is_plain_without_a_terminal(run_dir: RunDir, capsys: pytest.Capt
     assert report(run_dir) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "6 of 9 (2 of 3 units)" in out and "first_token 4.0 s" in out
+    assert 'error null_prompt:   2 rows, the first a.parquet:1: "why 1"\n' in out
+    retry = f"python -m batchinfer retry {run_dir.root} (with the same result, unless the program has changed)"
+    assert f"run them again:      {retry}\n" in out
+    assert "made on:             1 host, 2 x h200, driver 570.1, torch 2.11, commit 0123456789ab-dirty\n" in out
     assert "prefix cache:        78 prompt tokens (75%) found there, 26 computed\n" in out
     lines = out.splitlines()[-3:]
     assert lines[0] == 'a.parquet:0: "One\\nline"'

@@ -191,7 +191,7 @@ class _Cursor:
 
     def __init__(self, path: Path, shard: Shard, columns: Sequence[str]) -> None:
         self.signature = _signature(path)
-        _require_unchanged(path, shard)
+        require_unchanged(path, shard)
         self.columns = list(columns)
         self.file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         counts = (self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups))
@@ -238,7 +238,8 @@ def _signature(path: Path) -> tuple[int, ...] | None:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _require_unchanged(path: Path, shard: Shard) -> None:
+def require_unchanged(path: Path, shard: Shard) -> None:
+    """Raises InputChanged when the file at `path` is not the planned shard, by its size and footer."""
     try:
         size, footer = _read_footer_bytes(path)
     except (OSError, _NotParquet) as error:
@@ -253,7 +254,7 @@ def _require_unchanged(path: Path, shard: Shard) -> None:
 def read_schema(root: Path, shard: Shard) -> pa.Schema:
     """The columns of one shard of a frozen plan. Raises InputChanged when the file is not the planned one."""
     path = Path(root) / shard.path
-    _require_unchanged(path, shard)
+    require_unchanged(path, shard)
     return pq.read_schema(path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FOOTER_KEY = b"batchinfer"  # one JSON object (`UnitFooter`) in the key-value metadata of every completions file
 
 _LIKELIEST = pa.struct([pa.field("token_id", pa.int32()), pa.field("logprob", pa.float32())])
@@ -60,6 +60,8 @@ ERROR_CODES = (
     "bad_grammar",  # json_schema, regex or choice: not valid, impossible, or beyond what can be followed to its end
     "bad_logits",  # the model's numbers overflowed for this row
 )
+# Those of a row that can never be a prompt, or not for this model: with the same request they come out the same again.
+OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ def num_rows(unit: Unit) -> int:
     return sum(r.stop - r.start for r in unit)
 
 
+BLOCK_ROWS = 32
+ZEROS = "0" * 64  # as long as any hash
+
+
 @dataclass(frozen=True)
 class UnitFooter:
     """What a completions file says of itself; enough for `status` and `report` without reading a row."""
@@ -102,5 +108,9 @@ class UnitFooter:
     errors: dict[str, int]  # by code
     content_hash: str  # over the logical rows written
     input_hash: str  # over the logical rows read
-    replica: str
-    versions: dict[str, Any] = field(default_factory=dict)
+    replica: str  # that wrote the file; each row says which replica made it
+    versions: dict[str, Any] = field(default_factory=dict)  # of the replica
+    fingerprint: str = ""  # of the run's request
+    column_hashes: dict[str, str] = field(default_factory=dict)  # of each column alone, to say which one differs
+    block_hashes: list[str] = field(default_factory=list)  # of each BLOCK_ROWS rows, to say where
+    file_hash: str = ZEROS  # over all bytes of the file, with zeros in its own place

@@ -1,7 +1,8 @@
 """Writing output: which columns a completions file has, how a unit's results become one, and the hash over its rows.
 
 The logical hash is what makes a committed file checkable: it is taken over values, not over bytes on disk, so it is the same
-before writing and after reading, whatever the chunks, slices, dictionaries and compression in between.
+before writing and after reading, whatever the chunks, slices, dictionaries and compression in between. The file hash beside it is
+over bytes: it finds what is damaged without being a value, and what is whole without decoding it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,9 +23,22 @@ import pyarrow.parquet as pq
 
 from batchinfer.config import Config, ConfigError
 from batchinfer.data.results import RowResult, logprobs_column
-from batchinfer.data.schema import FOOTER_KEY, LOGPROBS, OPTIONAL, OUTPUT_FIELDS, SCHEMA_VERSION, UnitFooter
+from batchinfer.data.schema import (
+    BLOCK_ROWS,
+    FOOTER_KEY,
+    LOGPROBS,
+    OPTIONAL,
+    OUTPUT_FIELDS,
+    SCHEMA_VERSION,
+    ZEROS,
+    UnitFooter,
+)
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published, publish, temporary
+
+HASH_MARK = b'"file_hash": "'
+HASH_BYTES = 8 << 20  # read at once
+SHORT_HASH = 16  # hex digits that say where, once the whole hash has said that something differs
 
 
 class DamagedFile(ConfigError):
@@ -109,25 +124,30 @@ def unit_footer(
     generation: int,
     inputs: pa.Table,
     table: pa.Table,
-    results: Sequence[Sequence[RowResult]],
+    prefix: str,
     replica: str,
     versions: dict[str, Any],
+    fingerprint: str = "",
 ) -> UnitFooter:
-    """What the completions file will say of itself. `inputs` is the table that the unit's reader gave, `table` the output."""
-    samples = [result for row in results for result in row]
+    """What the completions file will say of itself. `inputs` is the table that the unit's reader gave, `table` the output, with
+    `prefix` before the names of our columns."""
+    content, columns = logical_hashes(table)
     return UnitFooter(
         schema_version=SCHEMA_VERSION,
         unit=unit,
         generation=generation,
-        rows=len(results),
+        rows=inputs.num_rows,
         samples=table.num_rows,
-        prompt_tokens=sum(result.num_prompt_tokens for result in samples),
-        completion_tokens=sum(len(result.token_ids) for result in samples),
-        errors=dict(sorted(Counter(result.error for result in samples if result.error).items())),
-        content_hash=logical_hash(table),
+        prompt_tokens=pc.sum(table[prefix + "num_prompt_tokens"]).as_py() or 0,
+        completion_tokens=pc.sum(table[prefix + "num_completion_tokens"]).as_py() or 0,
+        errors=dict(sorted(Counter(table[prefix + "error"].drop_null().to_pylist()).items())),
+        content_hash=content,
         input_hash=logical_hash(inputs),
         replica=replica,
         versions=versions,
+        fingerprint=fingerprint,
+        column_hashes=columns,
+        block_hashes=block_hashes(table),
     )
 
 
@@ -138,6 +158,7 @@ def commit_unit(run_dir: RunDir, unit: int, generation: int, table: pa.Table, fo
     try:
         with open(tmp, "xb") as file:  # a file, not its name: pyarrow would take some names for URIs
             _write(file, table, footer, "NONE" if compression == "none" else compression)
+        _seal(tmp)
         return publish(tmp, final)
     finally:
         tmp.unlink(missing_ok=True)
@@ -146,12 +167,48 @@ def commit_unit(run_dir: RunDir, unit: int, generation: int, table: pa.Table, fo
 def _write(file: IO[bytes], table: pa.Table, footer: UnitFooter, codec: str) -> None:
     # List items keep the names that they have in the input, so that a type is read back as it was, to the letter.
     with pq.ParquetWriter(file, table.schema, compression=codec, use_compliant_nested_type=False) as writer:
-        for group in _row_groups(table):
+        for group in row_groups(table):
             writer.write_table(group)
-        writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(footer))})
+        unsealed = dataclasses.replace(footer, file_hash=ZEROS)
+        writer.add_key_value_metadata({FOOTER_KEY: json.dumps(dataclasses.asdict(unsealed))})
 
 
-def _row_groups(table: pa.Table) -> list[pa.Table]:
+def _seal(path: Path) -> None:
+    """Give the footer the hash over the file in which it stands. It is as long as the zeros, so that nothing moves."""
+    digest = file_hash(path).encode()
+    with open(path, "r+b") as file:
+        file.seek(_place_of_hash(file))
+        file.write(digest)
+
+
+def file_hash(path: Path) -> str:
+    """Hex digest over the bytes of a completions file, with zeros where its footer has this very hash. ValueError: none there."""
+    digest = hashlib.blake2b(digest_size=len(ZEROS) // 2)
+    with open(path, "rb") as file:
+        place = _place_of_hash(file)
+        file.seek(0)
+        left = place
+        while left and (chunk := file.read(min(left, HASH_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(ZEROS.encode())
+        file.seek(place + len(ZEROS))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _place_of_hash(file: IO[bytes]) -> int:
+    """Where in the file the footer's hash begins. Our text comes after all statistics, which may quote rows: so, the last one."""
+    file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    start = file.seek(-8 - length, os.SEEK_END)
+    found = file.read(length).rfind(HASH_MARK)
+    if found < 0:
+        raise ValueError("its footer has no hash of the file")
+    return start + found + len(HASH_MARK)
+
+
+def row_groups(table: pa.Table) -> list[pa.Table]:
     """The table as one row group, unless its dictionaries have more values together than their index type can number.
 
     That happens with categories of a byte when shards or row groups have their own. Such a group could be written, but not read.
@@ -177,20 +234,42 @@ def read_footer(path: Path) -> UnitFooter:
         ) from error
 
 
+def read_rows(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a completions file. By row groups, because pyarrow joins no nested dictionaries of several."""
+    return pa.concat_tables(file.read_row_group(group, columns) for group in range(file.metadata.num_row_groups))
+
+
 def logical_hash(table: pa.Table) -> str:
     """Hex digest over the table's column names, types and values in order.
 
     It does not depend on chunks, slices, dictionary encoding, what lies in memory under a null, or anything a Parquet round
     trip may change beside values and types. NaNs with different bits count as different, and so do 0.0 and -0.0.
     """
-    digest = hashlib.blake2b(digest_size=32)
+    return logical_hashes(table)[0]
+
+
+def logical_hashes(table: pa.Table) -> tuple[str, dict[str, str]]:
+    """The logical hash of a table, and those of its columns by themselves, shortened."""
+    whole, columns = hashlib.blake2b(digest_size=32), {}
     for name, column in zip(table.schema.names, table.columns, strict=True):
-        streams = _Streams(lambda: hashlib.blake2b(digest_size=32))
-        for chunk in column.chunks:
-            _update(streams, "", chunk)
-        _feed(digest, [name, _type_name(column.type), str(len(column))])
-        _feed(digest, [part for path, stream in sorted(streams.items()) for part in (path, stream.hexdigest())])
-    return digest.hexdigest()
+        alone, texts = hashlib.blake2b(digest_size=32), _column_texts(name, column)
+        for digest in (whole, alone):
+            _feed(digest, texts)
+        columns[name] = alone.hexdigest()[:SHORT_HASH]
+    return whole.hexdigest(), columns
+
+
+def block_hashes(table: pa.Table) -> list[str]:
+    """The logical hash of each `BLOCK_ROWS` rows, shortened."""
+    return [logical_hash(table.slice(start, BLOCK_ROWS))[:SHORT_HASH] for start in range(0, table.num_rows, BLOCK_ROWS)]
+
+
+def _column_texts(name: str, column: pa.ChunkedArray) -> list[str]:
+    streams = _Streams(lambda: hashlib.blake2b(digest_size=32))
+    for chunk in column.chunks:
+        _update(streams, "", chunk)
+    hashes = [part for path, stream in sorted(streams.items()) for part in (path, stream.hexdigest())]
+    return [name, _type_name(column.type), str(len(column)), *hashes]
 
 
 # One running hash for each buffer of a nested column, by its path: chunks append to them, so their borders leave no trace.

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,13 @@ class ClaimBoard:
         identity: Identity,
         stall_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        goals: Mapping[int, int] | None = None,
     ):
+        """`goals`: the generation of a unit that makes it done, where it is not 0 (a retry)."""
         self._run_dir, self._identity = run_dir, identity
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
         self._pending = list(range(num_units))
+        self._goals = dict.fromkeys(self._pending, 0) | dict(goals or {})
         self._epochs: dict[int, int] = {}  # highest epoch of every unit that was ever claimed
         self._held: dict[int, int] = {}  # unit -> epoch of our claim
         self._holders: dict[tuple[int, int], Identity | None] = {}  # (unit, epoch) -> who; None: given back
@@ -115,8 +118,8 @@ class ClaimBoard:
 
     def _list_completions(self) -> None:
         done = self._run_dir.done_units()
-        self._pending = [unit for unit in self._pending if unit not in done]
-        self._held = {unit: epoch for unit, epoch in self._held.items() if unit not in done}
+        self._pending = [unit for unit in self._pending if done.get(unit, -1) < self._goals[unit]]
+        self._held = {unit: epoch for unit, epoch in self._held.items() if done.get(unit, -1) < self._goals[unit]}
 
     def _list_claims(self) -> None:
         for name in os.listdir(self._run_dir.claims):
@@ -125,10 +128,11 @@ class ClaimBoard:
                 self._epochs[parsed[0]] = max(parsed[1], self._epochs.get(parsed[0], 0))
 
     def _free_units(self) -> Iterator[int]:
-        """Never claimed or given back. Epoch 0 cannot be a release, so a long list of first claims is not read at all."""
+        """Never claimed, given back, or claimed for a generation before. Where there was none, epoch 0 is neither, so a long list
+        of first claims is not read at all."""
         for unit in self._pending:
             epoch = self._epochs.get(unit)
-            if epoch is None or (epoch > 0 and self._holder(unit, epoch) is None):
+            if epoch is None or (epoch + self._goals[unit] > 0 and self._holder(unit, epoch) is None):
                 yield unit
 
     def _lost_units(self) -> Iterator[int]:
@@ -142,14 +146,14 @@ class ClaimBoard:
             if holder.replica not in lost:
                 lost[holder.replica] = self._is_lost(holder)
             # What a dead process had committed is visible by now, and may be newer than our listing.
-            if lost[holder.replica] and not self._run_dir.completion(unit, 0).exists():
+            if lost[holder.replica] and not self._run_dir.completion(unit, self._goals[unit]).exists():
                 yield unit
 
     def _take(self, unit: int) -> bool:
         epoch = self._epochs.get(unit, -1) + 1
         path = self._run_dir.claim(unit, epoch)
         # Looking first spares the losers of a rush at the start a written and synced file for each loss.
-        won = not path.exists() and publish_bytes(path, _claim_json(self._identity)) is Published.WON
+        won = not path.exists() and publish_bytes(path, _claim_json(self._identity, self._goals[unit])) is Published.WON
         self._epochs[unit] = epoch
         if won:
             self._held[unit] = epoch
@@ -163,8 +167,9 @@ class ClaimBoard:
     def _read_holder(self, unit: int, epoch: int) -> Identity | None:
         path = self._run_dir.claim(unit, epoch)
         try:
-            raw = json.loads(path.read_bytes())["holder"]
-            return None if raw is None else Identity(**raw)
+            raw = json.loads(path.read_bytes())
+            is_over = raw["holder"] is None or raw["generation"] < self._goals[unit]
+            return None if is_over else Identity(**raw["holder"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s is damaged: claims are published whole; the unit is taken over", path)
             return UNKNOWN
@@ -197,8 +202,8 @@ class ClaimBoard:
             raise
 
 
-def _claim_json(holder: Identity | None) -> bytes:
-    return json.dumps({"holder": None if holder is None else dataclasses.asdict(holder)}).encode()
+def _claim_json(holder: Identity | None, generation: int = 0) -> bytes:
+    return json.dumps({"holder": None if holder is None else dataclasses.asdict(holder), "generation": generation}).encode()
 
 
 def _is_hidden(pid: int) -> bool:

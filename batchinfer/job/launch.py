@@ -22,10 +22,11 @@ from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
 from batchinfer.data.writer import read_footer
 from batchinfer.job.logs import LogFollower
-from batchinfer.job.node import NodeJob, is_complete
+from batchinfer.job.node import NodeJob
 from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_delay, signal_job
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
+from batchinfer.job.retry import is_complete, unfinished
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.site import check_limits
 from batchinfer.publish import replace_bytes
@@ -111,7 +112,7 @@ def check_placeable(kind: str, config: Config) -> None:
 def check_completions(run_dir: RunDir) -> None:
     """Raises ConfigError for a file in completions/ that is not whole: its rows would count as done."""
     for unit, generation in run_dir.done_units().items():
-        read_footer(run_dir.completion(unit, generation))
+        run_dir.read_committed(unit, generation, read_footer)
 
 
 def outer_devices(count: int) -> tuple[str, ...]:
@@ -234,9 +235,11 @@ def _finish(run_dir: RunDir, config: Config) -> int:
     """The report, and the exit code by what is on disk."""
     from batchinfer.report import report
 
+    run_dir.supersede()  # a retry that was killed between a commit and this left both generations
     report(run_dir)
     if not is_complete(run_dir):
-        print(f"rows are missing; finish them with: python -m batchinfer resume {run_dir.root}", file=sys.stderr, flush=True)
+        what = "the retry is not at its end" if unfinished(run_dir) else "rows are missing"
+        print(f"{what}; finish it with: python -m batchinfer resume {run_dir.root}", file=sys.stderr, flush=True)
         return FAILED
     summary = json.loads((run_dir.report / "summary.json").read_bytes())
     share = summary["error_rows"] / max(1, summary["samples"])

@@ -171,14 +171,20 @@ def versions() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package lies in; None for an installed package or without git."""
+    """Commit of the checkout that this package lies in, with -dirty behind it when tracked files differ from it; None for an
+    installed package or without git."""
     checkout = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        top, commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")[:2]
+        if Path(_git(checkout, "rev-parse", "--show-toplevel")) != checkout:
+            return None
+        return _git(checkout, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit if Path(top) == checkout else None
+
+
+def _git(checkout: Path, *words: str) -> str:
+    command = ["git", "-C", str(checkout), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def _version(package: str) -> str | None:

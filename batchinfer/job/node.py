@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.job.left_out import has_failed_here, left_out, node_name, requeue_elsewhere
-from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
     DONE,
@@ -38,6 +37,7 @@ from batchinfer.job.replica import (
     write_death,
 )
 from batchinfer.job.requeues import count_requeues, record_start
+from batchinfer.job.retry import is_complete
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
 from batchinfer.job.walltime import WORK_UNTIL, Walltime
@@ -46,10 +46,6 @@ from batchinfer.publish import replace_bytes
 POLL_S = 0.1
 CANCEL_POLL_S = 1.0
 LINGER_S = 600.0  # more than any KillWait
-
-
-def is_complete(run_dir: RunDir) -> bool:
-    return len(run_dir.done_units()) >= len(Manifest.load(run_dir).units)
 
 
 def identity_of_job(folder: Path, job: int) -> Path:

@@ -125,8 +125,8 @@ class Replica:
         from batchinfer.data.writer import read_footer  # pyarrow, which a job needs only when a replica died
 
         new = set(os.listdir(self._run_dir.completions)) - self._commits_before
-        paths = [self._run_dir.completions / name for name in new if parse_completion(name)]
-        return any(read_footer(path).replica == self.name for path in paths)
+        read = self._run_dir.read_committed
+        return any(read(*parsed, read_footer).replica == self.name for parsed in map(parse_completion, new) if parsed)
 
     def death(self, exit_code: int) -> Death:
         return Death(self.name, exit_code, self._reason(exit_code), str(self.log))

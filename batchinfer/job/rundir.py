@@ -10,14 +10,17 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from batchinfer.config import ConfigError
 from batchinfer.publish import probe, replace_bytes
 
 FOLDERS = ("claims", "completions", "superseded", "partials", "attempts", "stats", "replicas", "submissions")
 TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}\.tmp")  # as publish.temporary names them
+T = TypeVar("T")
 NUMBERED = re.compile(r"(\d{6,})\.(\d+)\.(json|parquet)")
 
 
@@ -75,6 +78,11 @@ class RunDir:
         return self.root / "submissions"
 
     @property
+    def retries(self) -> Path:
+        """Made by the first retry."""
+        return self.root / "retries"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 
@@ -92,6 +100,14 @@ class RunDir:
 
     def progress(self, replica: str) -> Path:
         return self.replica(replica) / "progress.json"
+
+    def environment(self, replica: str) -> Path:
+        """What a replica ran on and with."""
+        return self.replica(replica) / "environment.json"
+
+    def retry_json(self, number: int) -> Path:
+        """What a retry is to do, frozen when it was asked for."""
+        return self.retries / f"{number:02d}.json"
 
     def submission(self, number: int) -> Path:
         return self.submissions / f"{number:02d}"
@@ -145,14 +161,25 @@ class RunDir:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.partial(unit, epoch))
 
+    def read_committed(self, unit: int, generation: int, read: Callable[[Path], T]) -> T:
+        """What `read` makes of a committed file, wherever it lies: a retry may have moved it since it was listed."""
+        path = self.completion(unit, generation)
+        try:
+            return read(path)
+        except FileNotFoundError:
+            return read(self.superseded / path.name)
+
     def supersede(self) -> None:
         """Move every completions file that a higher generation has replaced. Safe to repeat after a crash."""
-        done = self.done_units()
-        for name in os.listdir(self.completions):
-            parsed = parse_completion(name)
-            if parsed is not None and parsed[1] < done.get(parsed[0], 0):
-                with contextlib.suppress(FileNotFoundError):  # somebody else moved it
-                    os.rename(self.completions / name, self.superseded / name)
+        for unit, generation in self.done_units().items():
+            self.supersede_unit(unit, generation)
+
+    def supersede_unit(self, unit: int, generation: int) -> None:
+        """Move the generations before a committed one."""
+        for older in range(generation):
+            name = self.completion(unit, older).name
+            with contextlib.suppress(FileNotFoundError):  # moved before, or by somebody else
+                os.rename(self.completions / name, self.superseded / name)
 
     def clean_temporaries(self) -> int:
         """Remove what killed writers left behind; returns how many files. Only for a run in which nothing works any more."""

@@ -1,6 +1,7 @@
-"""Is every sample of every input row there exactly once, and is every file what its writer wrote?
+"""Is every sample of every input row there exactly once, and is every file what its writer wrote or read?
 
-Trusts names and manifest, nothing else.
+Trusts names and manifest, nothing else. Three depths: `quick` compares bytes with the hash that each file's footer has, the full
+check also decodes every row and reads the inputs again, `deep` also hashes the weights.
 
 One completions file is in memory at a time. Each problem is one line that names the file and the first row at fault.
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +24,43 @@ import pyarrow.parquet as pq
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.prompts import samples_asked
 from batchinfer.data.reader import UnitReader
-from batchinfer.data.schema import SCHEMA_VERSION, Unit, UnitFooter, num_rows
-from batchinfer.data.writer import logical_hash, our_fields, read_footer, repeat_rows
+from batchinfer.data.schema import BLOCK_ROWS, SCHEMA_VERSION, Unit, UnitFooter, num_rows
+from batchinfer.data.writer import (
+    block_hashes,
+    file_hash,
+    logical_hash,
+    logical_hashes,
+    our_fields,
+    read_footer,
+    read_rows,
+    repeat_rows,
+)
 from batchinfer.job.manifest import NOT_NULL, Manifest
+from batchinfer.job.origins import Origins
 from batchinfer.job.rundir import RunDir, parse_completion
 
 Key = tuple[str, int, int]  # shard, row, sample
+CHANGED_BYTES = "its bytes are not those that were written, though no row shows it: a header, a statistic or the footer differs"
 TIMES = {2: "twice", 3: "three times"}
 
 
-def verify(run_dir: RunDir) -> list[str]:
+def verify(run_dir: RunDir, quick: bool = False, deep: bool = False) -> list[str]:
     """Problems of a run, one sentence each; empty when every sample of every row is committed exactly once, whole and unchanged.
 
-    Inputs are read again and compared where they can still be reached. Raises ConfigError when there is no run.
+    Inputs and the checkpoint are compared where they can still be reached. Raises ConfigError when there is no run.
     """
-    return list(dict.fromkeys(_Verifier(run_dir, Manifest.load(run_dir)).problems()))
-
-
-def not_compared(run_dir: RunDir) -> str | None:
-    """One sentence when input shards are gone, so that `verify` cannot compare their rows with the input; else None."""
     manifest = Manifest.load(run_dir)
-    root, shards = Path(manifest.input_root), manifest.shards
-    gone = [shard.path for shard in shards if not (root / shard.path).exists()]
-    if not gone:
-        return None
-    return (
-        f"{len(gone):,} of {len(shards):,} input shards are not there any more (the first: {root / gone[0]}); "
-        "their units are not compared with the input"
-    )
+    origins = Origins(run_dir, manifest)
+    problems = [*origins.problems(deep), *_Verifier(run_dir, manifest, origins.unchanged, quick).problems()]
+    return list(dict.fromkeys(problems))
 
 
 class _Verifier:
-    def __init__(self, run_dir: RunDir, manifest: Manifest):
-        self._run_dir, self._manifest = run_dir, manifest
+    """Of `completions/`. `unchanged`: the shards that can be compared with."""
+
+    def __init__(self, run_dir: RunDir, manifest: Manifest, unchanged: Set[int], quick: bool):
+        self._run_dir, self._manifest, self._unchanged, self._quick = run_dir, manifest, unchanged, quick
+        self._fingerprint = manifest.fingerprint
         self._prefix = manifest.config.output.prefix
         inputs = [_without_item_names(line.removesuffix(NOT_NULL)) for line in manifest.request["input.schema"]]
         kept = [next(line for line in inputs if line.startswith(f"{name}: ")) for name in manifest.columns]
@@ -69,9 +76,8 @@ class _Verifier:
             rows = sum(num_rows(units[unit]) for unit in missing)
             yield f"{'unit' if len(missing) == 1 else 'units'} {_ranges(missing)} missing: {rows:,} of {self._total():,} rows"
         for unit in sorted(done.keys() & set(range(len(units)))):
-            path = self._run_dir.completion(unit, done[unit])
-            for problem in self._file_problems(path, unit, done[unit]):
-                yield f"completions/{path.name}: {problem}"
+            for problem in self._run_dir.read_committed(unit, done[unit], partial(self._file_problems, unit, done[unit])):
+                yield f"completions/{self._run_dir.completion(unit, done[unit]).name}: {problem}"
 
     def _total(self) -> int:
         return sum(num_rows(unit) for unit in self._manifest.units)
@@ -84,37 +90,67 @@ class _Verifier:
             elif parsed is not None and parsed[0] >= len(self._manifest.units):
                 yield f"completions/{name}: this run has no unit {parsed[0]}, only {len(self._manifest.units):,} units"
 
-    def _file_problems(self, path: Path, unit: int, generation: int) -> Iterator[str]:
+    def _file_problems(self, unit: int, generation: int, path: Path) -> list[str]:
+        """Raises FileNotFoundError."""
         try:
             footer = read_footer(path)
-            with pq.ParquetFile(path) as file:
-                table = file.read()
+            is_whole = file_hash(path) == footer.file_hash
+            table = None if self._quick else _read(path)
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            yield f"cannot be read, torn or damaged ({_one_line(error.__cause__ or error)})"
-            return
+            return [f"cannot be read, torn or damaged ({_one_line(error.__cause__ or error)})"]
+        found = list(self._name_problems(footer, unit, generation))
+        if table is not None:
+            found += self._content_problems(footer, table, unit)
+        return found if found or is_whole else [CHANGED_BYTES]
+
+    def _name_problems(self, footer: UnitFooter, unit: int, generation: int) -> Iterator[str]:
+        """Does the file belong where it lies? Files of other runs, or under each other's names, do not."""
+        rows = num_rows(self._manifest.units[unit])
+        yield from _differing(
+            footer,
+            schema_version=SCHEMA_VERSION,
+            unit=unit,
+            generation=generation,
+            rows=rows,
+            fingerprint=self._fingerprint,
+        )
+
+    def _content_problems(self, footer: UnitFooter, table: pa.Table, unit: int) -> Iterator[str]:
         columns = [_describe(field) for field in table.schema]
         if columns != self._columns:
             yield _column_problem(columns, self._columns)
             return
-        if logical_hash(table) != footer.content_hash:
-            yield "its rows are not those that were written: the content hash differs"
-        yield from self._footer_problems(footer, table, unit, generation)
+        content, found = logical_hashes(table)
+        if content != footer.content_hash:
+            yield f"its rows are not those that were written: {self._difference(footer, table, found)}"
+        yield from self._total_problems(footer, table)
         yield from self._row_problems(footer, table, self._manifest.units[unit])
 
-    def _footer_problems(self, footer: UnitFooter, table: pa.Table, unit: int, generation: int) -> Iterator[str]:
+    def _difference(self, footer: UnitFooter, table: pa.Table, found: Mapping[str, str]) -> str:
+        """Which columns, and between which rows, as far as the footer's smaller hashes tell. `found`: the columns' hashes now."""
+        columns = [repr(name) for name in table.column_names if footer.column_hashes.get(name) != found[name]]
+        if not columns:
+            return "the content hash differs"
+        what = f"columns {', '.join(columns)} differ" if len(columns) > 1 else f"column {columns[0]} differs"
+        blocks = [block for block, pair in enumerate(zip_longest(block_hashes(table), footer.block_hashes)) if len(set(pair)) > 1]
+        if not blocks or blocks[-1] * BLOCK_ROWS >= table.num_rows:  # there are fewer rows than were written
+            return what
+        start = blocks[0] * BLOCK_ROWS
+        keys = self._keys(table.slice(start, (blocks[-1] + 1) * BLOCK_ROWS - start))
+        (first_shard, first, _), (last_shard, last, _) = keys[0], keys[-1]
+        return f"{what} between row {first} of shard {first_shard} and row {last} of shard {last_shard}"
+
+    def _total_problems(self, footer: UnitFooter, table: pa.Table) -> Iterator[str]:
         errors = Counter(table[self._prefix + "error"].drop_null().to_pylist())
-        for name, expected in (
-            ("schema_version", SCHEMA_VERSION),
-            ("unit", unit),
-            ("generation", generation),
-            ("rows", num_rows(self._manifest.units[unit])),
-            ("samples", table.num_rows),
-            ("prompt_tokens", self._sum(table, "num_prompt_tokens")),
-            ("completion_tokens", self._sum(table, "num_completion_tokens")),
-            ("errors", dict(errors)),
-        ):
-            if getattr(footer, name) != expected:
-                yield f"its footer says {name} {getattr(footer, name)}, it should be {expected}"
+        yield from _differing(
+            footer,
+            samples=table.num_rows,
+            prompt_tokens=self._sum(table, "num_prompt_tokens"),
+            completion_tokens=self._sum(table, "num_completion_tokens"),
+            errors=dict(errors),
+        )
 
     def _sum(self, table: pa.Table, name: str) -> int:
         return pc.sum(table[self._prefix + name]).as_py() or 0
@@ -135,10 +171,9 @@ class _Verifier:
             yield from self._input_problems(footer, table, inputs, list(samples.values()), self._name(unit))
 
     def _inputs(self, unit: Unit) -> pa.Table | None:
-        root = Path(self._manifest.input_root)
-        if not all((root / self._manifest.shards[r.shard].path).exists() for r in unit):
+        if not {r.shard for r in unit} <= self._unchanged:  # said once for each shard, not for each unit
             return None
-        return self._open_reader(root, unit).read(unit)
+        return self._open_reader(Path(self._manifest.input_root), unit).read(unit)
 
     def _keys(self, table: pa.Table) -> list[Key]:
         columns = (table[self._prefix + name].to_pylist() for name in ("shard", "row", "sample"))
@@ -217,6 +252,32 @@ def _column_problem(found: list[str], expected: list[str]) -> str:
     if len(found) < len(expected):
         return f"column {expected[len(found)]!r} is missing"
     return f"column {found[len(expected)]!r} does not belong"
+
+
+def _read(path: Path) -> pa.Table:
+    """All rows of a file; when that fails, with the names of the columns that cannot be read."""
+    with pq.ParquetFile(path) as file:
+        try:
+            return read_rows(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            damaged = [name for name in file.schema_arrow.names if not _is_readable(file, name)]
+            if not damaged:
+                raise
+            raise ValueError(f"column {', '.join(map(repr, damaged))}: {error}") from None
+
+
+def _is_readable(file: pq.ParquetFile, column: str) -> bool:
+    try:
+        read_rows(file, [column])
+    except (OSError, ValueError, pa.ArrowException):
+        return False
+    return True
+
+
+def _differing(footer: UnitFooter, **expected: Any) -> Iterator[str]:
+    for name, value in expected.items():
+        if getattr(footer, name) != value:
+            yield f"its footer says {name} {getattr(footer, name)}, it should be {value}"
 
 
 def _describe(field: pa.Field) -> str:

@@ -31,6 +31,7 @@ from batchinfer.job.rundir import RunDir
 from batchinfer.job.walltime import WORK_UNTIL
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
+from batchinfer.worker.environment import write_environment
 from batchinfer.worker.peers import PeerDied, Peers
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.replica import Assignment, Replica, process_age
@@ -159,6 +160,8 @@ def main(argv: list[str]) -> int:
         if parallel.rank == 0:
             code = lead(arguments, manifest, config, parallel, peers, device)
         else:
+            if arguments.replica and os.environ.get("GROUP_RANK", "0") != "0" and os.environ["LOCAL_RANK"] == "0":
+                write_environment(arguments.run_dir, arguments.replica, config)  # of another node than rank 0's
             with peers.watched():
                 code = follow(config, parallel, device)
         parallel.close()

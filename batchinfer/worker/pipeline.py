@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -25,15 +25,15 @@ from batchinfer.data.partials import Key, load_partial, prompt_hash, save_partia
 from batchinfer.data.prompts import PreparedRow, PromptBuilder
 from batchinfer.data.reader import UnitReader
 from batchinfer.data.results import Logprobs, RowResult
-from batchinfer.data.schema import num_rows
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.engine.ordering import order_window
 from batchinfer.engine.sequence import Request, TokenOutput
 from batchinfer.job.claims import ClaimBoard
-from batchinfer.job.manifest import Manifest
+from batchinfer.job.manifest import Manifest, versions
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
+from batchinfer.worker.generations import Earlier, Generations, pick_rows
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,13 @@ class OpenUnit:
     results: list[list[RowResult]]  # of a row that is not admitted yet: none
     remaining: int  # results still to come: one for each row that is not admitted yet, and the samples that are running
     saved: dict[Key, RowResult]  # what replicas that were stopped had of rows that are not admitted yet
+    generation: int = 0
+    earlier: Earlier | None = None  # what a retry begins from: only some rows are computed, and `results` of the others empty
+
+    def samples(self, index: int, asked: int) -> Sequence[int]:
+        """Those of a row that are to be computed."""
+        wanted = None if self.earlier is None else self.earlier.wanted[index]
+        return range(asked) if wanted is None else wanted
 
 
 @dataclass(slots=True)
@@ -85,8 +92,10 @@ class RequestSource:
         builder: PromptBuilder,
         window: int,
         enough: int,
+        generations: Generations,
     ):
         self._run_dir, self._manifest, self._board, self._reader, self._builder = run_dir, manifest, board, reader, builder
+        self._generations = generations
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
         self._window, self._enough = window, enough
         self._stop = threading.Event()
@@ -134,21 +143,28 @@ class RequestSource:
         except BaseException as error:
             self._error = error
 
-    def _prepare(self, number: int) -> None:
-        unit, epoch = self._manifest.units[number], self._board.epoch(number)
+    def _open(self, number: int) -> OpenUnit:
+        """Reads a unit, what replicas that were stopped had of it, and what is there of it where a retry is to replace that."""
+        unit, shards, epoch = self._manifest.units[number], self._manifest.shards, self._board.epoch(number)
         table = self._reader.read(unit)
-        saved = load_partial(self._run_dir, number, epoch, self._manifest.fingerprint) if epoch else {}
-        shards = self._manifest.shards
         keys = [(shards[r.shard].path, row) for r in unit for row in range(r.start, r.stop)]
-        rows = num_rows(unit)
-        opened = OpenUnit(number, epoch, keys, table, [[] for _ in range(rows)], rows, saved)
+        saved = load_partial(self._run_dir, number, epoch, self._manifest.fingerprint) if epoch else {}
+        earlier = self._generations.earlier(number, keys, table)
+        remaining = len(keys) if earlier is None else len(earlier.wanted)
+        results: list[list[RowResult]] = [[] for _ in keys]
+        return OpenUnit(number, epoch, keys, table, results, remaining, saved, self._generations.of(number), earlier)
+
+    def _prepare(self, number: int) -> None:
+        opened = self._open(number)
+        table, keys = opened.inputs, opened.keys
+        rows = range(len(keys)) if opened.earlier is None else sorted(opened.earlier.wanted)
         gathered: list[PendingRow] = []
         step = min(PREPARE_ROWS, self._window)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            prepared = self._builder.prepare(table.slice(start, stop - start), keys[start:stop])
-            gathered += [PendingRow(opened, index, row) for index, row in enumerate(prepared, start)]
-            if stop == rows or len(gathered) >= self._window or self._rows.empty():
+        for start in range(0, len(rows), step):
+            chunk = rows[start : start + step]
+            prepared = self._builder.prepare(pick_rows(table, chunk), [keys[index] for index in chunk])
+            gathered += [PendingRow(opened, index, row) for index, row in zip(chunk, prepared, strict=True)]
+            if start + step >= len(rows) or len(gathered) >= self._window or self._rows.empty():
                 order = order_window([row.prepared.token_ids or [] for row in gathered])
                 if not all(self._put(gathered[i]) for i in order):
                     return
@@ -218,6 +234,7 @@ class CompletionSink:
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
         self._tokenizer, self._before_commit, self._after_commit = tokenizer, before_commit, after_commit
         self._schema = output_schema(input_schema, manifest.columns, config)
+        self._versions, self._fingerprint = versions(), manifest.fingerprint
         self._running: dict[int, RunningSample] = {}
         self._open: dict[int, OpenUnit] = {}
         self._next_id = 0
@@ -229,22 +246,27 @@ class CompletionSink:
         """Registers a row. Returns what the engine is to do: a request for each sample, none when the row is an error already."""
         unit, prepared = row.unit, row.prepared
         self._open.setdefault(unit.number, unit)
+        samples = unit.samples(row.index, len(prepared.seeds))
         if prepared.error is not None:
+            if samples:
+                shard, number = unit.keys[row.index]
+                raise RuntimeError(f"row {number} of {shard} was a prompt once and is none now: {prepared.error_message}")
             results = [RowResult(error=prepared.error, error_message=prepared.error_message)]
         else:
-            results = _begun(row)
+            results = _begun(row, samples)
         unit.results[row.index] = results
         unit.remaining += len(results) - 1
         running = RunningRow(unit, len(results))
         for result in results:
             if result.ended:
                 self._finish(running, result)
-        return [self._start(running, result, prepared) for result in results if not result.ended]
+        going = [result for result in results if not result.ended]
+        return [self._start(running, result, prepared, is_first=result is results[0]) for result in going]
 
-    def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow) -> Request:
+    def _start(self, row: RunningRow, result: RowResult, prepared: PreparedRow, is_first: bool) -> Request:
         sampling = prepared.sampling
         assert prepared.token_ids is not None and sampling is not None, "it is no error"
-        if result.sample > 0 and sampling.prompt_logprobs is not None:  # it is the first sample's prompt
+        if not is_first and sampling.prompt_logprobs is not None:  # it is the first one's prompt
             sampling = replace(sampling, prompt_logprobs=None)
         checker = None
         if sampling.stop and self._tokenizer is not None:
@@ -347,16 +369,20 @@ class CompletionSink:
         samples = (result for row in unit.results for result in row)
         self._decode([result for result in samples if result.error is None and result.completion is None])
         table = unit_table(unit.inputs, unit.keys, unit.results, self._config, self._replica, self._schema)
-        footer = unit_footer(unit.number, 0, unit.inputs, table, unit.results, self._replica, self._manifest.versions)
+        if unit.earlier is not None:
+            table = unit.earlier.merged(table, unit.keys)
+        origin = (self._replica, self._versions, self._fingerprint)
+        footer = unit_footer(unit.number, unit.generation, unit.inputs, table, self._config.output.prefix, *origin)
         self._before_commit()
-        outcome = commit_unit(self._run_dir, unit.number, 0, table, footer, self._config.output.compression)
+        outcome = commit_unit(self._run_dir, unit.number, unit.generation, table, footer, self._config.output.compression)
         if unit.epoch:
             self._run_dir.remove_partials(unit.number)
+        self._run_dir.supersede_unit(unit.number, unit.generation)
         self._after_commit()
         if outcome is Published.LOST:
             log.info("unit %d was committed by another replica first; this replica's copy of it is dropped", unit.number)
             return
-        self.totals.rows_committed += len(unit.results)
+        self.totals.rows_committed += sum(map(bool, unit.results))
         self.totals.units_committed += 1
 
     def _decode(self, results: list[RowResult]) -> None:
@@ -368,13 +394,13 @@ class CompletionSink:
                 result.completion = text
 
 
-def _begun(row: PendingRow) -> list[RowResult]:
-    """A result for each sample of a row, as far as stopped replicas had come with it."""
+def _begun(row: PendingRow, samples: Sequence[int]) -> list[RowResult]:
+    """A result for each of these samples of a row, as far as stopped replicas had come with it."""
     unit, prepared = row.unit, row.prepared
     assert prepared.token_ids is not None, "it is no error"
     asked = prompt_hash(prepared.token_ids)
     results = []
-    for sample in range(len(prepared.seeds)):
+    for sample in samples:
         result = unit.saved.pop((*unit.keys[row.index], sample), None)
         if result is None or result.prompt_hash != asked:
             result = RowResult(prepared.num_prompt_tokens, sample=sample, prompt_hash=asked)

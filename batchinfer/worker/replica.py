@@ -29,9 +29,12 @@ from batchinfer.engine.engine import Engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
 from batchinfer.job.process import start_time
+from batchinfer.job.retry import goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
+from batchinfer.worker.environment import write_environment
+from batchinfer.worker.generations import Generations
 from batchinfer.worker.pipeline import CompletionSink, RequestSource
 from batchinfer.worker.progress import Progress
 
@@ -86,10 +89,18 @@ class Replica:
     def __init__(self, assignment: Assignment, shape: ModelShape, engine: Engine, progress: Progress) -> None:
         run_dir, manifest, config = assignment.run_dir, assignment.manifest, assignment.config
         self._assignment, self._engine, self._progress = assignment, engine, progress
-        self._weights = Background(self._check_weights, "weights-hash")
+        self._origins = Background(self._record_origins, "origins")
         self._recorder = StepRecorder(run_dir, assignment.name, config.stats_every, GpuSampler.start() if config.hw.gpu else None)
         identity = Identity.here(assignment.name)
-        self._board = ClaimBoard(run_dir, len(manifest.units), identity, config.engine.stall_timeout_s)
+        retried = goals(run_dir)
+        generations = Generations(run_dir, retried, config.output.prefix)
+        self._board = ClaimBoard(
+            run_dir,
+            len(manifest.units),
+            identity,
+            config.engine.stall_timeout_s,
+            goals={unit: goal.generation for unit, goal in retried.items()},
+        )
         root = input_root(manifest, config)
         schema = input_schema(manifest, root)
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
@@ -99,7 +110,7 @@ class Replica:
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
         window, enough = max(2 * rows, ORDERED_ROWS), -(-rows // 2)
-        self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough)
+        self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough, generations)
         self._sink = CompletionSink(
             run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit, self._source.look
         )
@@ -192,7 +203,7 @@ class Replica:
 
     def _save(self) -> None:
         """Whatever keeps it from being saved, the rows are only made again."""
-        if not self._weights.ends_within(HASH_WAIT_S):
+        if not self._origins.ends_within(HASH_WAIT_S):
             log.warning("what there is of rows in work is not saved: it is not known yet whether the weights are the run's")
             return
         try:
@@ -206,14 +217,16 @@ class Replica:
             self._board.release(unit)
 
     def _before_commit(self) -> None:
-        self._weights.join()
+        self._origins.join()
         self._recorder.flush()
         self._progress.tick()
 
-    def _check_weights(self) -> None:
-        model = self._assignment.config.model
+    def _record_origins(self) -> None:
+        """What committed rows come from: it is there before them."""
+        assignment, model = self._assignment, self._assignment.config.model
+        write_environment(assignment.run_dir, assignment.name, assignment.config)
         if model.load_format == "safetensors" and model.path:
-            check_weights(self._assignment.run_dir, hash_weights(model.path))
+            check_weights(assignment.run_dir, hash_weights(model.path))
 
     def _gauges(self) -> dict[str, Any]:
         totals, engine = self._sink.totals, self._engine

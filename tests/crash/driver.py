@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.config import from_dict
+from batchinfer.config import ExportConfig, from_dict
 from batchinfer.data.columns import columns_to_read
 from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.data.results import RowResult
@@ -29,10 +29,13 @@ from batchinfer.data.schema import RowRange
 from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.job import manifest as manifest_module
 from batchinfer.job.claims import ClaimBoard, Identity
+from batchinfer.job.export import export
 from batchinfer.job.manifest import Manifest, check_weights, request_of
+from batchinfer.job.retry import begin, goals
 from batchinfer.job.rundir import TEMPORARY, RunDir
 from batchinfer.job.verify import verify
 from batchinfer.publish import Published
+from batchinfer.worker.generations import Generations
 
 WATCHED: tuple[tuple[Any, str], ...] = (
     (os, "open"),
@@ -44,6 +47,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (os, "rename"),
     (os, "replace"),
     (os, "mkdir"),
+    (os, "rmdir"),
     (os, "listdir"),
     (os, "stat"),
     # Arrow's own writes: between them a temporary file is there, and torn.
@@ -51,6 +55,7 @@ WATCHED: tuple[tuple[Any, str], ...] = (
     (pq.ParquetWriter, "write_table"),
     (pq.ParquetWriter, "close"),
 )
+BAD = [RowResult(error="bad_logits", error_message="it overflowed")]
 UNITS = ((RowRange(0, 0, 2),), (RowRange(0, 2, 3), RowRange(1, 0, 2)))
 
 
@@ -115,7 +120,10 @@ class Worker:
 
     def __init__(self, run_dir: RunDir, identity: Identity, stall_timeout_s: float = 1e9):
         self.run_dir, self.manifest = run_dir, Manifest.load(run_dir)
-        self.board = ClaimBoard(run_dir, len(self.manifest.units), identity, stall_timeout_s)
+        retried = goals(run_dir)
+        self.generations = Generations(run_dir, retried, "")
+        generations = {unit: goal.generation for unit, goal in retried.items()}
+        self.board = ClaimBoard(run_dir, len(self.manifest.units), identity, stall_timeout_s, goals=generations)
         self.replica = identity.replica
         root = Path(self.manifest.input_root)
         self.schema = pq.read_schema(root / self.manifest.shards[0].path)
@@ -127,15 +135,23 @@ class Worker:
             self.commit(unit)
         assert self.board.finished(), f"units {self.board.pending()} are lost for ever"
 
-    def commit(self, unit: int, generation: int = 0) -> Published:
-        manifest, shards = self.manifest, self.manifest.shards
+    def commit(self, unit: int, is_bad: Callable[[int], bool] = lambda index: False) -> Published:
+        """`is_bad`: rows, by their place in the unit, that come out as errors."""
+        manifest, shards, generation = self.manifest, self.manifest.shards, self.generations.of(unit)
         inputs = self.reader.read(manifest.units[unit])
         keys = [(shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)]
-        results = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
+        earlier = self.generations.earlier(unit, keys, inputs)
+        good = [[RowResult(completion=f"done: {prompt}", finish_reason="stop")] for prompt in inputs["prompt"].to_pylist()]
+        results = [BAD if is_bad(index) else row for index, row in enumerate(good)]
+        if earlier is not None:
+            results = [row if index in earlier.wanted else [] for index, row in enumerate(results)]
         schema = output_schema(self.schema, manifest.columns, manifest.config)
         table = unit_table(inputs.select(manifest.columns), keys, results, manifest.config, self.replica, schema)
-        footer = unit_footer(unit, generation, inputs, table, results, self.replica, {})
-        return commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
+        table = table if earlier is None else earlier.merged(table, keys)
+        footer = unit_footer(unit, generation, inputs, table, "", self.replica, {}, manifest.fingerprint)
+        outcome = commit_unit(self.run_dir, unit, generation, table, footer, "zstd")
+        self.run_dir.supersede_unit(unit, generation)
+        return outcome
 
 
 def here(name: str) -> Identity:
@@ -235,16 +251,23 @@ def take_over(folder: Path) -> int:
     return for_every_kill(folder, prepare, lambda run_dir: Worker(run_dir, here("second")).run(), check)
 
 
-def second_generation(folder: Path) -> int:
+def retry_errors(folder: Path) -> int:
+    """Killed from the freezing of the goals to the last move; taken up by another retry."""
+
     def prepare(folder: Path) -> RunDir:
         run_dir = create_run(folder)
-        assert in_child(lambda: Worker(run_dir, here("first")).run())
+
+        def make_errors() -> None:
+            worker = Worker(run_dir, here("first"))
+            while (unit := worker.board.claim()) is not None:
+                worker.commit(unit, is_bad=lambda index: index == 1)
+
+        assert in_child(make_errors)
         return run_dir
 
     def retry(run_dir: RunDir) -> None:
-        worker = Worker(run_dir, here("retry"))
-        for unit in range(len(UNITS)):
-            worker.commit(unit, generation=1)
+        begin(run_dir, [])
+        Worker(run_dir, here("retry")).run()
         run_dir.supersede()
 
     def check(run_dir: RunDir) -> None:
@@ -252,8 +275,36 @@ def second_generation(folder: Path) -> int:
         assert in_child(lambda: retry(run_dir))
         check_complete(run_dir, generation=1)
         assert sorted(os.listdir(run_dir.superseded)) == ["000000.0.parquet", "000001.0.parquet"]
+        assert in_child(lambda: retry(run_dir))
+        check_complete(run_dir, generation=1)
 
     return for_every_kill(folder, prepare, retry, check)
+
+
+def export_shards(folder: Path) -> int:
+    """The folder is there and whole, or not there; and the next export clears away what a killed one left."""
+    dest = folder / "dest"
+
+    def prepare(folder: Path) -> RunDir:
+        run_dir = create_run(folder)
+        assert in_child(lambda: Worker(run_dir, here("first")).run())
+        return run_dir
+
+    def run_export(run_dir: RunDir) -> None:
+        export(run_dir, dest, ExportConfig())
+
+    def check(run_dir: RunDir) -> None:
+        if not dest.exists():
+            assert in_child(lambda: run_export(run_dir))
+        texts = [pq.read_table(dest / f"{shard}.parquet")["completion"].to_pylist() for shard in "ab"]
+        assert texts == [[f"done: prompt {i}" for i in rows] for rows in (range(3), range(3, 5))]
+        shutil.rmtree(dest)
+        assert in_child(lambda: run_export(run_dir))
+        assert sorted(os.listdir(folder)) == ["data", "dest", "pristine", "run"], "something is left"
+        shutil.rmtree(dest)
+        check_complete(run_dir)
+
+    return for_every_kill(folder, prepare, run_export, check)
 
 
 def create_manifest(folder: Path) -> int:
@@ -295,7 +346,8 @@ SCENARIOS = (
     success_reported_as_failure,
     claim_and_release,
     take_over,
-    second_generation,
+    retry_errors,
+    export_shards,
     create_manifest,
     small_files,
 )

@@ -17,7 +17,8 @@ LEAST_KILLS = {
     "success_reported_as_failure": 55,
     "claim_and_release": 45,
     "take_over": 55,
-    "second_generation": 25,
+    "retry_errors": 60,
+    "export_shards": 20,
     "create_manifest": 90,
     "small_files": 28,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import decimal
 import itertools
@@ -18,7 +19,16 @@ from batchinfer.config import Config, OutputConfig, SamplingConfig
 from batchinfer.data.reader import UnitReader, scan_shards
 from batchinfer.data.results import Logprobs, RowResult, logprobs_column
 from batchinfer.data.schema import LOGPROBS, OUTPUT_FIELDS, RowRange
-from batchinfer.data.writer import commit_unit, logical_hash, output_schema, read_footer, repeat_rows, unit_footer, unit_table
+from batchinfer.data.writer import (
+    commit_unit,
+    file_hash,
+    logical_hash,
+    output_schema,
+    read_footer,
+    repeat_rows,
+    unit_footer,
+    unit_table,
+)
 from batchinfer.engine.sequence import TokenLogprobs
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import Published
@@ -80,9 +90,10 @@ def round_trip(
     results = results or results_for(inputs.num_rows)
     keys = [("a shard.parquet", i) for i in range(inputs.num_rows)]
     table = unit_table(inputs, keys, results, config, "host.0", schema)
-    footer = unit_footer(5, 0, inputs, table, results, "host.0", {"batchinfer": "0"})
+    footer = unit_footer(5, 0, inputs, table, config.output.prefix, "host.0", {"batchinfer": "0"})
     assert commit_unit(run_dir, 5, 0, table, footer, compression) is Published.WON
-    assert read_footer(run_dir.completion(5, 0)) == footer
+    sealed = dataclasses.replace(footer, file_hash=file_hash(run_dir.completion(5, 0)))
+    assert read_footer(run_dir.completion(5, 0)) == sealed
     return table, pq.read_table(run_dir.completion(5, 0))
 
 

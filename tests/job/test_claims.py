@@ -40,9 +40,9 @@ def clock() -> Clock:
 
 @pytest.fixture
 def board(run_dir: RunDir, clock: Clock) -> Callable[..., ClaimBoard]:
-    def make(replica: str, num_units: int = 3, **changes: object) -> ClaimBoard:
+    def make(replica: str, num_units: int = 3, goals: dict[int, int] | None = None, **changes: object) -> ClaimBoard:
         identity = dataclasses.replace(Identity.here(replica), **changes)  # type: ignore[arg-type]
-        return ClaimBoard(run_dir, num_units, identity, TIMEOUT_S, clock)
+        return ClaimBoard(run_dir, num_units, identity, TIMEOUT_S, clock, goals)
 
     return make
 
@@ -81,6 +81,35 @@ def test_done_units_are_never_claimed(run_dir: RunDir, board: Callable[..., Clai
     commit(run_dir, 2, generation=3)
     assert a.held() == [] and b.claim() is None
     assert a.finished() and b.finished() and board("c").finished()
+
+
+def test_a_retry_takes_up_where_the_generation_before_ended(run_dir: RunDir, board: Callable[..., ClaimBoard]) -> None:
+    """At once, also when who had made that lives on another host."""
+    first = board("first", host="elsewhere")
+    assert [first.claim() for _ in range(3)] == [0, 1, 2]
+    for unit in range(3):
+        commit(run_dir, unit)
+    a, b = (board(name, goals={0: 1, 2: 1}) for name in "ab")
+    assert a.pending() == [0, 2]
+    assert [a.claim(), b.claim(), a.claim(), b.claim()] == [0, 2, None, None]
+    assert a.holds(0) and run_dir.claim(0, 1).exists() and not run_dir.claim(1, 1).exists()
+    commit(run_dir, 2, generation=1)
+    assert b.held() == [] and a.pending() == b.pending() == [0]
+    a.release(0)
+    assert b.claim() == 0
+    commit(run_dir, 0, generation=1)
+    assert a.finished() and b.finished() and first.finished()
+    third = board("third", goals={0: 2, 2: 1})
+    assert third.pending() == [0] and third.claim() == 0
+
+
+def test_a_lost_holder_in_a_retry_is_found_as_ever(run_dir: RunDir, board: Callable[..., ClaimBoard], clock: Clock) -> None:
+    board("first", num_units=1).claim()
+    commit(run_dir, 0)
+    a, b = board("a", num_units=1, goals={0: 1}, host="elsewhere"), board("b", num_units=1, goals={0: 1})
+    assert [a.claim(), b.claim()] == [0, None]
+    clock.now += TIMEOUT_S
+    assert b.claim() == 0 and not a.holds(0)
 
 
 def test_a_foreign_number_does_not_finish_the_run(run_dir: RunDir, board: Callable[..., ClaimBoard]) -> None:

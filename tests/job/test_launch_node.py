@@ -36,7 +36,8 @@ WORKER = """
         footer = dict(schema_version=2, unit=unit, generation=0, rows=2, samples=2, prompt_tokens=4,
                       completion_tokens=6, errors={}, content_hash="", input_hash="", replica=name, versions={})
         columns = dict(finish_reason=["stop", "stop"], ttft_s=[0.1, 0.2], latency_s=[0.5, 1.0], num_completion_tokens=[3, 3],
-                       shard=["a", "a"], row=[0, 1], sample=[0, 0], completion=["Hello", "World"])
+                       shard=["a", "a"], row=[0, 1], sample=[0, 0], completion=["Hello", "World"],
+                       error=pa.nulls(2, pa.string()), error_message=pa.nulls(2, pa.string()))
         table = pa.table(columns).replace_schema_metadata({"batchinfer": json.dumps(footer)})
         pq.write_table(table, run / "completions" / f"{unit:06d}.0.parquet")
     def child():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,83 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.config import Config, ConfigError, from_dict
-from batchinfer.data.columns import columns_to_read
-from batchinfer.data.reader import UnitReader, scan_shards
-from batchinfer.data.results import RowResult
-from batchinfer.data.schema import RowRange, UnitFooter
-from batchinfer.data.writer import commit_unit, logical_hash, output_schema, unit_footer, unit_table
-from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.config import ConfigError
+from batchinfer.job.manifest import check_weights, hash_weights
+from batchinfer.job.origins import not_compared
 from batchinfer.job.rundir import RunDir
-from batchinfer.job.verify import not_compared, verify
+from batchinfer.job.verify import verify
 from batchinfer.publish import temporary
-
-# Rows 0-7 of a.parquet and 0-3 of b.parquet; unit 1 spans both.
-UNITS = ((RowRange(0, 0, 5),), (RowRange(0, 5, 8), RowRange(1, 0, 2)), (RowRange(1, 2, 4),), (RowRange(1, 4, 5),))
-Keys = list[tuple[str, int]]
-
-
-def write_inputs(folder: Path, word: str = "prompt") -> None:
-    folder.mkdir(exist_ok=True)
-    for name, rows in (("a", 8), ("b", 5)):
-        table = pa.table(
-            {
-                "id": pa.array(range(rows), pa.int16()),
-                "prompt": [f"{word} {name} {i}" for i in range(rows)],
-                "how": [f'{{"n": {1 + i % 3}}}' for i in range(rows)],
-            }
-        )
-        pq.write_table(table, folder / f"{name}.parquet")
-
-
-def config_of(data: Path, sampling: dict[str, Any], sampling_column: str | None = None) -> Config:
-    source = {"prompt_column": "prompt", "paths": [str(data)], "sampling_column": sampling_column}
-    output = {"prefix": "our_", "keep_columns": ["id"], "token_ids": True}
-    return from_dict({"model": {"path": "/nowhere"}, "input": source, "sampling": sampling, "output": output})
-
-
-def commit(
-    run_dir: RunDir,
-    unit: int,
-    generation: int = 0,
-    keys: Callable[[Keys], Keys] = list,
-    change: Callable[[pa.Table], pa.Table] = lambda table: table,
-    said: dict[str, Any] | None = None,
-    rehash: bool = False,
-) -> None:
-    """Commits a unit as a replica does, or with something wrong in it."""
-    manifest = Manifest.load(run_dir)
-    root, config = Path(manifest.input_root), manifest.config
-    columns = columns_to_read(config.input, pq.read_schema(root / "a.parquet"), ["id"])
-    inputs = UnitReader(root, manifest.shards, columns).read(manifest.units[unit])
-    all_keys = keys([(manifest.shards[r.shard].path, row) for r in manifest.units[unit] for row in range(r.start, r.stop)])
-    asked = [config.sampling.n] * len(all_keys)
-    if config.input.sampling_column is not None:
-        asked = [json.loads(text)["n"] for text in inputs["how"].to_pylist()]
-    results = [[RowResult(3, "text", [1, 2], "stop", sample=k) for k in range(count)] for count in asked]
-    results[0] = [RowResult(0, error="null_prompt", error_message="the prompt is null")]
-    kept = inputs.select(["id"]).take([i % len(inputs) for i in range(len(all_keys))])
-    schema = output_schema(pq.read_schema(root / "a.parquet"), ["id"], config)
-    table = unit_table(kept, all_keys, results, config, "r0", schema)
-    footer: UnitFooter = unit_footer(unit, generation, inputs, table, results, "r0", {})
-    footer = dataclasses.replace(
-        footer, rows=len(inputs), content_hash=logical_hash(change(table)) if rehash else footer.content_hash
-    )
-    commit_unit(run_dir, unit, generation, change(table), dataclasses.replace(footer, **said or {}), "zstd")
-
-
-def create(folder: Path, sampling: dict[str, Any], sampling_column: str | None = None) -> RunDir:
-    run_dir, data = RunDir(folder / "run"), folder / "data"
-    write_inputs(data)
-    inputs, config = scan_shards([str(data)]), config_of(data, sampling, sampling_column)
-    Manifest.create(run_dir, config, inputs, ["id"], UNITS, request_of(config, inputs.shards, inputs.schema))
-    return run_dir
-
-
-def commit_all(run_dir: RunDir) -> RunDir:
-    for unit in range(len(UNITS)):
-        commit(run_dir, unit)
-    return run_dir
+from tests.job.runs import Keys, commit, commit_all, create, write_inputs
 
 
 @pytest.fixture
@@ -133,29 +62,89 @@ def test_every_truncation_is_found_and_named(done: RunDir) -> None:
         assert problem.startswith("completions/000001.0.parquet: cannot be read, torn or damaged (") and "\n" not in problem
 
 
-def test_no_flipped_byte_of_the_data_goes_unnoticed(done: RunDir) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_flipped_bit_goes_unnoticed(done: RunDir, quick: bool) -> None:
+    """Anywhere in the file: pages, headers, statistics, the footer, the hash itself."""
     path = done.completion(1, 0)
     whole = path.read_bytes()
+    for offset in range(0, len(whole), 61):
+        flipped = bytearray(whole)
+        flipped[offset] ^= 1 << offset % 8
+        path.write_bytes(flipped)
+        problems = verify(done, quick=quick)
+        assert problems and all(problem.startswith("completions/000001.0.parquet: ") for problem in problems), offset
+
+
+def test_a_damaged_column_is_named(done: RunDir) -> None:
+    path = done.completion(1, 0)
     metadata = pq.read_metadata(path)
     column = metadata.row_group(0).column(metadata.schema.names.index("our_completion"))
     start = column.dictionary_page_offset or column.data_page_offset
-    for offset in range(start, start + column.total_compressed_size, 3):
-        flipped = bytearray(whole)
-        flipped[offset] ^= 0x10
-        path.write_bytes(flipped)
-        problems = verify(done)
-        if pq_equal(path, whole, done):
-            continue  # the byte carries no value, such as a statistic
-        assert problems and all("000001.0.parquet" in problem for problem in problems)
+    whole = bytearray(path.read_bytes())
+    whole[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(whole)
+    (problem,) = verify(done)
+    assert problem.startswith("completions/000001.0.parquet: cannot be read, torn or damaged (column 'our_completion': ")
 
 
-def pq_equal(path: Path, whole: bytes, run_dir: RunDir) -> bool:
-    original = run_dir.root / "original.parquet"
-    original.write_bytes(whole)
-    try:
-        return bool(pq.ParquetFile(path).read().equals(pq.ParquetFile(original).read()))
-    except (OSError, ValueError, pa.ArrowException):
-        return False
+def test_swapped_files_are_named(done: RunDir) -> None:
+    a, b = done.completion(0, 0), done.completion(2, 0)
+    contents = a.read_bytes(), b.read_bytes()
+    a.write_bytes(contents[1])
+    b.write_bytes(contents[0])
+    for quick in (False, True):
+        problems = verify(done, quick=quick)
+        for name, said, right in (("000000", 2, 0), ("000002", 0, 2)):
+            assert f"completions/{name}.0.parquet: its footer says unit {said}, it should be {right}" in problems
+
+
+def test_a_file_of_another_run_is_named(done: RunDir, tmp_path: Path) -> None:
+    other = commit_all(create(tmp_path / "other", {"max_tokens": 7}))
+    shutil.copy(other.completion(1, 0), done.completion(1, 0))
+    (problem,) = verify(done)
+    assert problem.startswith("completions/000001.0.parquet: its footer says fingerprint ")
+
+
+def test_an_edited_row_is_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchinfer.data.writer.BLOCK_ROWS", 2)
+    monkeypatch.setattr("batchinfer.job.verify.BLOCK_ROWS", 2)
+    run = commit_all(create(tmp_path, {}))
+    path, footer = run.completion(1, 0), pq.read_metadata(run.completion(1, 0)).metadata[b"batchinfer"]
+    table = pq.read_table(path)
+    texts = table["our_completion"].to_pylist()
+    texts[3] = texts[3].replace("t", "T")
+    index = table.schema.get_field_index("our_completion")
+    table = table.set_column(index, table.schema.field(index), pa.array(texts))
+    pq.write_table(table.replace_schema_metadata({b"batchinfer": footer}), path)
+    assert verify(run) == [
+        "completions/000001.0.parquet: its rows are not those that were written: column 'our_completion' differs "
+        "between row 7 of shard a.parquet and row 0 of shard b.parquet"
+    ]
+
+
+def test_a_changed_checkpoint_and_request_are_named(done: RunDir, tmp_path: Path) -> None:
+    """Its path names a folder that was not there when the run was planned."""
+    text = done.config_yaml.read_text()
+    done.config_yaml.write_text(text.replace("seed: 0", "seed: 1", 1))
+    assert verify(done) == ["config.yaml: seed is 1, and 0 in manifest.json"]
+    done.config_yaml.write_text(text)
+    assert verify(done, deep=True) == []
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + b"weights")
+    raw = json.loads(done.manifest_json.read_bytes())
+    raw["config"]["model"]["path"] = str(checkpoint)
+    done.manifest_json.write_text(json.dumps(raw))
+    done.config_yaml.write_text(text.replace("/nowhere", str(checkpoint)))
+    check_weights(done, hash_weights(checkpoint))
+    changed = "{}: the files in " + str(checkpoint) + " are not those that the run was planned with"
+    expected = [changed.format("model.weights_headers"), changed.format("model.tokenizer")]
+    assert verify(done, deep=True) == expected
+    (checkpoint / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + b"WEIGHTS")
+    assert verify(done) == expected, "only the full content tells"
+    weights = f"weights: {checkpoint}/model.safetensors is not what the run was made with, or is not there"
+    assert verify(done, deep=True) == [*expected, weights]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +212,8 @@ def test_values_changed_after_the_hash_was_taken(done: RunDir) -> None:
         return table.set_column(index, table.schema.field(index), pa.array(["other"] * len(table)))
 
     assert recommit(done, 1, change=change) == [
-        "completions/000001.0.parquet: its rows are not those that were written: the content hash differs"
+        "completions/000001.0.parquet: its rows are not those that were written: column 'our_completion' differs "
+        "between row 5 of shard a.parquet and row 1 of shard b.parquet"
     ]
 
 
@@ -260,7 +250,7 @@ def test_a_wrong_schema(done: RunDir, change: Callable[[pa.Table], pa.Table], pr
         ("samples", 6, 5),
         ("unit", 2, 1),
         ("generation", 1, 0),
-        ("schema_version", 0, 2),
+        ("schema_version", 0, 3),
         ("errors", {}, {"null_prompt": 1}),
     ],
 )
@@ -294,7 +284,8 @@ def test_changed_inputs_are_named_once_per_file_and_absent_ones_left_alone(done:
     write_inputs(tmp_path / "data", "PROMPT changed")
     assert not_compared(done) is None
     problems = verify(done)
-    assert len(problems) == 4 and all("its input cannot be compared" in p and "has changed since" in p for p in problems)
+    assert [p.partition(":")[0] for p in problems] == ["input shard a.parquet", "input shard b.parquet"]
+    assert all("has changed since the run was planned" in problem for problem in problems)
     shutil.rmtree(tmp_path / "data")
     assert verify(done) == []
     assert "input shards are not there any more" in str(not_compared(done))

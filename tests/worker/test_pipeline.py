@@ -23,9 +23,11 @@ from batchinfer.data.writer import read_footer
 from batchinfer.engine.sequence import Request, TokenLogprobs, TokenOutput
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.retry import goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.worker import pipeline
+from batchinfer.worker.generations import Generations
 from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, PendingRow, RequestSource
 
 VOCABULARY = 50
@@ -64,7 +66,10 @@ class Run:
         self.board = ClaimBoard(self.run_dir, len(units), Identity.here(replica), 300)
         reader = UnitReader(found.root, found.shards, columns_to_read(self.config.input, found.schema, inputs.column_names))
         self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
-        self.source = RequestSource(self.run_dir, self.manifest, self.board, reader, self.builder, window, enough=window // 4)
+        generations = Generations(self.run_dir, goals(self.run_dir), "")
+        self.source = RequestSource(
+            self.run_dir, self.manifest, self.board, reader, self.builder, window, window // 4, generations
+        )
         self.sink = CompletionSink(
             self.run_dir, self.manifest, self.config, replica, tokenizer, found.schema, lambda: None, self.source.look
         )
