@@ -110,9 +110,7 @@ def test_a_sample_whose_row_fails_in_a_retry_leaves_the_others_alone(tmp_path: P
     inputs = pq.read_table(tmp_path / "in.parquet")
     unit = OpenUnit(0, keys, inputs, [[], [], []], 2, 1, generations.earlier(0, keys, inputs))
     error = PreparedRow(None, None, (), "template_error", "no prompt any more", 0)
-    sink = CompletionSink(
-        run.run_dir, run.manifest, run.config, "r1", None, pq.read_schema(tmp_path / "in.parquet"), lambda: None
-    )
+    sink = CompletionSink(run.run_dir, run.manifest, run.config, "r1", None, inputs.schema, lambda: None)
     prepared = run.builder.prepare(inputs.slice(2), keys[2:])[0]
     again = [request for index, told in ((0, error), (2, prepared)) for request in sink.admit(PendingRow(unit, index, told))]
     assert [request.seed for request in again] == [request.seed for request in requests[4:]]
