@@ -61,7 +61,7 @@ ERROR_CODES = (
     "bad_logits",  # the model's numbers overflowed for this row
 )
 # Those of a row that can never be a prompt, or not for this model: with the same request they come out the same again.
-OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits"}
+OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits", "engine_died"}
 
 
 @dataclass(frozen=True)

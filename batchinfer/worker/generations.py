@@ -28,6 +28,7 @@ class Earlier:
     table: pa.Table
     prefix: str
     wanted: Mapping[int, Sequence[int] | None]
+    prompt_tokens: Mapping[int, int]  # of the wanted rows that have some
 
     def merged(self, new: pa.Table, keys: Keys) -> pa.Table:
         """The unit with the rows of `new` in place of those that were wanted, in input order."""
@@ -60,7 +61,7 @@ class Generations:
 
         def load(path: Path) -> Earlier:
             table = _load(path, inputs)
-            return Earlier(table, self._prefix, _wanted(table, keys, goal, self._prefix))
+            return Earlier(table, self._prefix, *_wanted(table, keys, goal, self._prefix))
 
         return self._run_dir.read_committed(unit, goal.generation - 1, load)
 
@@ -95,10 +96,12 @@ def _names(table: pa.Table, prefix: str) -> list[tuple[str, int, int]]:
     return list(zip(*columns, strict=True))
 
 
-def _wanted(table: pa.Table, keys: Keys, goal: Goal, prefix: str) -> dict[int, Sequence[int] | None]:
+def _wanted(table: pa.Table, keys: Keys, goal: Goal, prefix: str) -> tuple[dict[int, Sequence[int] | None], dict[int, int]]:
+    """`Earlier.wanted` and `Earlier.prompt_tokens`."""
     places = {key: index for index, key in enumerate(keys)}
     errors, prompts = (table[prefix + name].to_pylist() for name in ("error", "num_prompt_tokens"))
     wanted: dict[int, list[int] | None] = {}
+    prompt_tokens: dict[int, int] = {}
     for (shard, row, sample), error, tokens in zip(_names(table, prefix), errors, prompts, strict=True):
         if not goal.includes(error):
             continue
@@ -109,4 +112,5 @@ def _wanted(table: pa.Table, keys: Keys, goal: Goal, prefix: str) -> dict[int, S
             samples = wanted.setdefault(place, [])
             assert samples is not None, "a row that is an error itself stands alone"
             samples.append(sample)
-    return dict(wanted)
+            prompt_tokens[place] = tokens
+    return dict(wanted), prompt_tokens

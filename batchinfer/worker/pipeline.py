@@ -64,6 +64,13 @@ class OpenUnit:
         wanted = None if self.earlier is None else self.earlier.wanted[index]
         return range(asked) if wanted is None else wanted
 
+    def failed(self, index: int, error: RowResult) -> list[RowResult]:
+        """A row that is an error: once, or where other samples of it stand already, for each that was to be computed."""
+        if self.earlier is None or self.earlier.wanted[index] is None:
+            return [error]
+        tokens = self.earlier.prompt_tokens[index]
+        return [replace(error, num_prompt_tokens=tokens, sample=sample) for sample in self.samples(index, 0)]
+
 
 @dataclass(slots=True)
 class PendingRow:
@@ -248,10 +255,8 @@ class CompletionSink:
         self._open.setdefault(unit.number, unit)
         samples = unit.samples(row.index, len(prepared.seeds))
         if prepared.error is not None:
-            if samples:
-                shard, number = unit.keys[row.index]
-                raise RuntimeError(f"row {number} of {shard} was a prompt once and is none now: {prepared.error_message}")
-            results = [RowResult(error=prepared.error, error_message=prepared.error_message)]
+            error = RowResult(error=prepared.error, error_message=prepared.error_message)
+            results = unit.failed(row.index, error)
         else:
             results = _begun(row, samples)
         unit.results[row.index] = results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.config import ConfigError, ExportConfig
-from batchinfer.data.reader import scan_shards
+from batchinfer.data.reader import UnitReader, scan_shards
+from batchinfer.data.results import RowResult
 from batchinfer.data.schema import RowRange
+from batchinfer.data.writer import commit_unit, output_schema, unit_footer, unit_table
 from batchinfer.job import export as export_module
 from batchinfer.job.export import Exported, ExportFailed, export
 from batchinfer.job.manifest import Manifest, request_of
@@ -62,6 +65,43 @@ def test_row_groups_are_cut_by_size(done: RunDir, tmp_path: Path, monkeypatch: p
     export(done, tmp_path / "dest", PARQUET)
     metadata = pq.read_metadata(tmp_path / "dest" / "a.parquet")
     assert metadata.num_row_groups > 2 and all(metadata.row_group(i).num_rows < 8 for i in range(metadata.num_row_groups))
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 units of 4 MB, row groups of 1 MB: what is held at once is a few of them."""
+    run_dir = large_run(tmp_path, units=16, rows=64, characters=64 << 10)
+    monkeypatch.setattr(export_module, "GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr(export_module, "BATCH_ROWS", 8)
+    before, held, real = pa.total_allocated_bytes(), [], export_module._Parquet.write
+
+    def write(sink: export_module._Parquet, batch: pa.RecordBatch) -> None:
+        real(sink, batch)
+        held.append(pa.total_allocated_bytes() - before)
+
+    monkeypatch.setattr(export_module._Parquet, "write", write)
+    assert export(run_dir, tmp_path / "dest", PARQUET).rows == 16 * 64
+    assert len(held) == 128 and max(held) < 16 << 20, "64 MB in all"
+
+
+def large_run(folder: Path, units: int, rows: int, characters: int) -> RunDir:
+    data, run_dir, names = folder / "data", RunDir(folder / "run"), ["id", "prompt", "how"]
+    data.mkdir()
+    texts = [os.urandom(characters // 2).hex() for _ in range(rows)]
+    ids = pa.array(range(units * rows), pa.int16())
+    table = pa.table({"id": ids, "prompt": texts * units, "how": ["{}"] * (units * rows)})
+    pq.write_table(table, data / "a.parquet", row_group_size=rows)
+    inputs, config = scan_shards([str(data)]), config_of(data, {})
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, keep_columns="all"))
+    ranges = [(RowRange(0, rows * i, rows * i + rows),) for i in range(units)]
+    manifest = Manifest.create(run_dir, config, inputs, names, ranges, request_of(config, inputs.shards, inputs.schema))
+    results = [[RowResult(3, "text", [1], "stop")]] * rows
+    for number, unit in enumerate(ranges):
+        read_in = UnitReader(inputs.root, inputs.shards, names).read(unit)
+        keys = [("a.parquet", rows * number + i) for i in range(rows)]
+        table = unit_table(read_in, keys, results, config, "r0", output_schema(inputs.schema, names, config))
+        footer = unit_footer(number, 0, read_in, table, "our_", "r0", {}, manifest.fingerprint)
+        commit_unit(run_dir, number, 0, table, footer, "none")
+    return run_dir
 
 
 def test_json_lines(done: RunDir, tmp_path: Path) -> None:

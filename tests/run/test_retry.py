@@ -13,7 +13,7 @@ import pytest
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from tests.run.jobs import batchinfer, completions, kill, processes_of, start, texts, wait_until_gone
-from tests.run.poison import poison
+from tests.run.spoil import spoil
 
 REQUEST = [
     "model.dtype=float64",
@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def poisoned(undisturbed: Path, tmp_path: Path) -> Path:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
-    poison(run_dir, SAMPLES, ROWS)
+    spoil(run_dir, SAMPLES, ROWS)
     assert verify(RunDir(run_dir)) == []
     return run_dir
 
@@ -88,7 +88,7 @@ def test_only_error_rows_are_run_again(poisoned: Path, undisturbed: Path) -> Non
 
 @pytest.mark.slow
 def test_codes_and_refusals(poisoned: Path, undisturbed: Path) -> None:
-    poison(poisoned, [(SHARD, 30, 0)], code="bad_grammar")
+    spoil(poisoned, [(SHARD, 30, 0)], code="bad_grammar")
     wrong = batchinfer("retry", poisoned, "retry.codes=[bad_logit]")
     assert wrong.returncode == 2 and "no error code 'bad_logit'; did you mean bad_logits?" in wrong.stderr
     wrong = batchinfer("retry", poisoned, "sampling.max_tokens=7")

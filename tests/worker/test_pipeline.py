@@ -23,12 +23,12 @@ from batchinfer.data.writer import read_footer
 from batchinfer.engine.sequence import Request, TokenLogprobs, TokenOutput
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, request_of
-from batchinfer.job.retry import goals
+from batchinfer.job.retry import begin, goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.worker import pipeline
 from batchinfer.worker.generations import Generations
-from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, PendingRow, RequestSource
+from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, OpenUnit, PendingRow, RequestSource
 
 VOCABULARY = 50
 
@@ -116,6 +116,36 @@ def test_the_last_commit_ends_the_source_at_once(tmp_path: Path, monkeypatch: py
         time.sleep(0.01)
     assert run.source.finished
     run.finish()
+
+
+def test_a_sample_whose_row_fails_in_a_retry_leaves_the_others_alone(tmp_path: Path) -> None:
+    run = Run(tmp_path, pa.table({"ids": [[1, 2], [3], [4]]}), sampling={"n": 2})
+    requests = run.requests(3)
+    for number, request in enumerate(requests):
+        overflow = {"error": ("bad_logits", "it overflowed")} if number in (1, 4, 5) else {}
+        run.sink.accept([output(request, [number], ends=True, **overflow)], 0)
+    run.finish()
+    begin(run.run_dir, [])
+    generations = Generations(run.run_dir, goals(run.run_dir), "")
+    keys = [("in.parquet", row) for row in range(3)]
+    inputs = pq.read_table(tmp_path / "in.parquet")
+    unit = OpenUnit(0, keys, inputs, [[], [], []], 2, 1, generations.earlier(0, keys, inputs))
+    error = PreparedRow(None, None, (), "template_error", "no prompt any more", 0)
+    sink = CompletionSink(run.run_dir, run.manifest, run.config, "r1", None, inputs.schema, lambda: None)
+    prepared = run.builder.prepare(inputs.slice(2), keys[2:])[0]
+    again = [request for index, told in ((0, error), (2, prepared)) for request in sink.admit(PendingRow(unit, index, told))]
+    assert [request.seed for request in again] == [request.seed for request in requests[4:]]
+    sink.accept([output(request, [9], ends=True) for request in again], 0)
+    assert sink.close() == [] and verify(run.run_dir) == []
+    rows = pq.read_table(run.run_dir.completion(0, 1)).to_pylist()
+    assert [(row["row"], row["sample"], row["token_ids"], row["error"], row["num_prompt_tokens"]) for row in rows] == [
+        (0, 0, [0], None, 2),
+        (0, 1, None, "template_error", 2),
+        (1, 0, [2], None, 1),
+        (1, 1, [3], None, 1),
+        (2, 0, [9], None, 1),
+        (2, 1, [9], None, 1),
+    ]
 
 
 def output(request: Request, tokens: list[int], ends: bool, **more: Any) -> TokenOutput:

@@ -20,7 +20,7 @@ Key = tuple[str, int, int]  # shard, row, sample
 EMPTY = ("completion", "token_ids", "logprobs", "prompt_logprobs", "ttft_s", "latency_s", "step_first", "step_last")
 
 
-def poison(root: Path, samples: Collection[Key] = (), rows: Collection[tuple[str, int]] = (), code: str = "bad_logits") -> None:
+def spoil(root: Path, samples: Collection[Key] = (), rows: Collection[tuple[str, int]] = (), code: str = "bad_logits") -> None:
     """`samples` become errors; so do `rows` as a whole, as if they had never become a prompt."""
     run_dir = RunDir(root)
     hit = {*(key[:2] for key in samples), *rows}
