@@ -71,7 +71,9 @@ def work(
     replica = Replica(assignment, shape, engine, Progress(run_dir, name))
     prepare(replica)
     try:
-        return replica.run()
+        complete = replica.run()
+        assert engine.in_flight is None, "tokens were drawn that nobody read"
+        return complete
     finally:
         engine.close()
 
