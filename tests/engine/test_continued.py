@@ -88,7 +88,7 @@ def test_a_last_step_leaves_no_token_unread(runner: ModelRunner) -> None:
     """Stopped in the middle and gone on with elsewhere, every token is drawn once."""
     requests = make_requests(6, runner.shape.vocab_size, ignore_eos=True, temperature=0.8)
     expected, _ = complete(engine_with(runner), requests)
-    for steps in range(1, 8):
+    for steps in (1, 3, 6):
         engine = engine_with(runner, overlap=True)
         found, drawn = stopped(engine, requests, steps)
         assert engine.in_flight is None
