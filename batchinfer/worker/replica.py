@@ -174,12 +174,16 @@ class Replica:
         return self._finishing or (self._source.finished and self._sink.idle)
 
     def _look_at_the_time(self) -> None:
-        left = self._assignment.work_until - time.time()
+        """Nothing is begun that would not be finished, but for that no more than the warning time is spent.
+
+        To interrupt a row costs a prefill, to begin none leaves the device ever less to do.
+        """
+        left, row_s = self._assignment.work_until - time.time(), self._sink.totals.row_s
         if left <= 0:
             log.info("the time of the job is up")
             self.stop()
-        elif left < self._sink.totals.row_s and not self._finishing:
-            log.info("%.0f s are left, and a row takes %.0f s: no further row is begun", left, self._sink.totals.row_s)
+        elif not self._finishing and left < min(row_s, self._assignment.config.launcher.signal_delay_s):
+            log.info("%.0f s are left, and a row takes %.0f s: no further row is begun", left, row_s)
             self._finishing = True
             self._source.stop()
             self._release(set(self._board.held()) - set(self._sink.open_units))

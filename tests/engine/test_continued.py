@@ -29,7 +29,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     """Grammars, penalties, min_tokens, stop tokens, log-probabilities, greedy and drawn."""
-    return mixed_requests(40)
+    return mixed_requests(40)[:14]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def begun(requests: list[Request], whole: dict[int, Told]) -> dict[int, tuple[Re
 
 
 @pytest.mark.parametrize(
-    ("overlap", "prefix_caching", "num_blocks", "budget"), [(True, True, 200, 64), (False, False, 20, 8), (True, False, 20, 20)]
+    ("overlap", "prefix_caching", "num_blocks", "budget", "share"),
+    [(True, True, 200, 64, 1), (False, False, 20, 8, 4), (True, False, 20, 20, 4)],
 )
 def test_it_goes_on_from_every_token(
     runner: ModelRunner,
@@ -54,9 +55,10 @@ def test_it_goes_on_from_every_token(
     prefix_caching: bool,
     num_blocks: int,
     budget: int,
+    share: int,
 ) -> None:
-    cuts = begun(requests, whole)
-    assert len(cuts) > 200 and any(request.grammar and k > 2 for request, k in cuts.values())
+    cuts = dict(list(begun(requests, whole).items())[::share])
+    assert share * len(cuts) > 60 and any(request.grammar and k > 2 for request, k in cuts.values())
     rest = [
         replace(request, request_id=number, completion_token_ids=whole[request.request_id].token_ids[:k])
         for number, (request, k) in cuts.items()
@@ -86,7 +88,7 @@ def test_a_last_step_leaves_no_token_unread(runner: ModelRunner) -> None:
     """Stopped in the middle and gone on with elsewhere, every token is drawn once."""
     requests = make_requests(6, runner.shape.vocab_size, ignore_eos=True, temperature=0.8)
     expected, _ = complete(engine_with(runner), requests)
-    for steps in range(1, 8):
+    for steps in (1, 3, 6):
         engine = engine_with(runner, overlap=True)
         found, drawn = stopped(engine, requests, steps)
         assert engine.in_flight is None

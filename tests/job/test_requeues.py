@@ -141,11 +141,11 @@ def test_requeues_end_with_a_sentence(tmp_path: Path) -> None:
 
 def test_cancelled_it_is_not_requeued(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
-    body = "signal.signal(15, lambda *_: (time.sleep(1), os._exit(3))); say(ready=1); time.sleep(100)"
+    body = "signal.signal(15, lambda *_: (time.sleep(0.3), os._exit(3))); say(ready=1); time.sleep(100)"
     process = with_handler(node_job(run_dir, worker(tmp_path, body), grace_s=10.0))
     eventually(lambda: ready(run_dir, "01-0-0"))
-    process.send_signal(signal.SIGUSR2)
     run_dir.cancel(1)
+    process.send_signal(signal.SIGUSR2)
     assert process.wait(30) == 3
 
 

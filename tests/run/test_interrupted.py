@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import submitit
 
+from batchinfer.job.manifest import Manifest
+from batchinfer.job.node import NodeJob
 from batchinfer.job.requeues import count_requeues
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from tests.run.deaths import eventually
-from tests.run.jobs import batchinfer, completions, kill, processes_of, start, texts
+from tests.run.jobs import batchinfer, completions, environment, kill, processes_of, start, texts
 
 SCHEMA = json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": 30, "maxItems": 40})
 ASKED = [
@@ -172,20 +176,30 @@ def test_two_ranks_save_and_go_on_too(folder: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_time_limits_cost_no_token(folder: Path) -> None:
-    """Replicas stop by themselves before the limit, the job puts itself back, and they go on where they stopped."""
-    work = ["sampling.max_tokens=700", "input.sampling_column=null", "input.rows_per_unit=3"]
-    run_dir, whole = folder / "limited", folder / "long"
-    done = batchinfer(*request(folder, *work), "launcher=inline", f"output.dir={whole}", timeout=600)
-    assert done.returncode == 0, done.stderr
-    limited = batchinfer(
-        *request(folder, *work), "launcher=local", "launcher.timeout_min=1", f"output.dir={run_dir}", timeout=600
-    )
-    assert count_requeues(run_dir / "submissions" / "01") >= 1
-    if limited.returncode != 0:  # submitit's local executor starts a job six times at most
-        done = batchinfer("resume", run_dir, "launcher.timeout_min=60", timeout=600)
-        assert done.returncode == 0, done.stderr
-    logs = "".join(path.read_text() for path in run_dir.glob("replicas/*/log.txt"))
+def test_time_limits_cost_no_token(folder: Path, undisturbed: Path) -> None:
+    """Replicas stop by themselves before the limit, the job puts itself back, and they go on where they stopped.
+
+    Under submitit's local executor, with a limit that leaves each start about a third of the work.
+    """
+    run_dir, log = folder / "limited", folder / "limited.log"
+    job = start(*request(folder), "launcher=local", "launcher.timeout_min=60", f"output.dir={run_dir}", log=log)
+    stop_after(run_dir, 100, signal.SIGTERM)
+    assert job.wait(60) == 1, log.read_text()
+    number, submission = RunDir(run_dir).new_submission()
+    shutil.copy(run_dir / "submissions" / "01" / "submission.json", submission)
+    summary = json.loads((undisturbed / "report" / "summary.json").read_bytes())
+    limit = summary["replicas"]["01-0-0"]["phases_s"]["first_token"] + summary["wall_s"] / 3 + 4
+    executor = submitit.LocalExecutor(folder=submission, max_num_timeout=10)
+    executor.update_parameters(timeout_min=limit / 60, signal_delay_s=8, stderr_to_stdout=True)
+    limits = {"time_limit_s": limit, "warning_s": 8.0, "env": environment()}
+    executor.submit(NodeJob(str(run_dir), number, 0, 1, 1, (), cpus_per_rank=1, **limits)).wait()
+    assert count_requeues(submission) >= 1
+    logs = "".join(path.read_text() for path in run_dir.glob("replicas/02-*/log.txt"))
     assert "the time of the job is up" in logs or "no further row is begun" in logs
-    assert_same(run_dir, whole)
+    if len(RunDir(run_dir).done_units()) < len(
+        Manifest.load(RunDir(run_dir)).units
+    ):  # the executor starts a job six times at most
+        done = batchinfer("resume", run_dir)
+        assert done.returncode == 0, done.stderr
+    assert_same(run_dir, undisturbed)
     assert_nothing_twice(run_dir)
