@@ -129,7 +129,7 @@ def test_a_sample_whose_row_fails_in_a_retry_leaves_the_others_alone(tmp_path: P
     generations = Generations(run.run_dir, goals(run.run_dir), "")
     keys = [("in.parquet", row) for row in range(3)]
     inputs = pq.read_table(tmp_path / "in.parquet")
-    unit = OpenUnit(0, keys, inputs, [[], [], []], 2, 1, generations.earlier(0, keys, inputs))
+    unit = OpenUnit(0, 0, keys, inputs, [[], [], []], 2, {}, 1, generations.earlier(0, keys, inputs))
     error = PreparedRow(None, None, (), "template_error", "no prompt any more", 0)
     sink = CompletionSink(run.run_dir, run.manifest, run.config, "r1", None, inputs.schema, lambda: None)
     prepared = run.builder.prepare(inputs.slice(2), keys[2:])[0]
