@@ -121,5 +121,3 @@ def check_range(checks: Mapping[str, Any], value: Any, name: str) -> None:
         raise ConfigError(f"{show(name, value)}: must be {valid_range(checks)}")
     if value is not None and not all(holds(value, checks[key]) for key, _, holds in _BOUNDS if key in checks):
         raise ConfigError(f"{show(name, value)}: must be {valid_range(checks)}")
-    if "only" in checks and value != checks["only"]:
-        raise ConfigError(f"{show(name, value)}: not supported yet by this version; the valid value is {_text(checks['only'])}")

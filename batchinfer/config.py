@@ -27,8 +27,8 @@ RESULT, SCHEMA, THROUGHPUT = "result", "schema", "throughput"
 
 
 def _key(default: Any, kind: str, help: str, **checks: Any) -> Any:
-    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), only= (the one value that works),
-    each=(...) (what the items of a list may be).
+    """A config field. `checks`: choices=(...), minimum=, maximum=, above= (exclusive), each=(...) (what the items
+    of a list may be).
 
     as_json=True: a mapping is kept as JSON text, because the order of its names matters and must survive in the fingerprint.
     """
@@ -66,7 +66,7 @@ class HardwareConfig:
     gpu: str | None = _key(None, THROUGHPUT, "GPU name from hardware.GPUS; null: processes on the CPU; auto: this host's")
     gpus_per_node: int = _key(1, THROUGHPUT, "GPUs of a node (processes, when gpu is null)", minimum=1)
     tensor_parallel: int | str = _key("auto", THROUGHPUT, "ranks of one replica: a number, or auto")
-    nodes_per_replica: int = _key(1, THROUGHPUT, "nodes that one replica spans", minimum=1, only=1)
+    nodes_per_replica: int = _key(1, THROUGHPUT, "nodes that one replica spans, with all their GPUs", minimum=1)
     interconnect: str | None = _key(None, THROUGHPUT, "nvlink, pcie or null", choices=("nvlink", "pcie", None))
     cpus_per_gpu: int | None = _key(None, THROUGHPUT, "CPU cores for each rank; default: this host's cores shared out", minimum=1)
     mem_gb: int | None = _key(None, THROUGHPUT, "host memory to ask SLURM for, per node", minimum=1)
@@ -166,7 +166,7 @@ class LauncherConfig:
         "auto, local (submitit on this host), slurm, or inline (this process)",
         choices=("auto", "local", "slurm", "inline"),
     )
-    nodes: int = _key(1, THROUGHPUT, "jobs of the array: one node each", minimum=1)
+    nodes: int = _key(1, THROUGHPUT, "nodes of the array, each a job (hw.nodes_per_replica of them)", minimum=1)
     timeout_min: int = _key(1440, THROUGHPUT, "time limit of a job in minutes", minimum=1)
     partition: str | None = _key(None, THROUGHPUT, "SLURM partition")
     account: str | None = _key(None, THROUGHPUT, "SLURM account")
@@ -347,6 +347,9 @@ def check_together(config: Config, planning: bool = False) -> None:
         raise ConfigError(f"{show('run_name', config.run_name)}: must be letters, digits, '.', '_' and '-', not dots alone")
     _check_model(config.model, config.hw, planning)
     _check_hw(config.hw)
+    if config.launcher.nodes % config.hw.nodes_per_replica:
+        nodes, span = show("launcher.nodes", config.launcher.nodes), show("hw.nodes_per_replica", config.hw.nodes_per_replica)
+        raise ConfigError(f"{nodes}: must be a multiple of {span}")
     _check_input(config.input)
     check_sampling(config.sampling)
     _check_bench(config.bench)
@@ -390,7 +393,12 @@ def _check_hw(hw: HardwareConfig) -> None:
     if isinstance(parallel, str):
         if parallel != "auto":
             raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or an integer of at least 1")
-    elif parallel < 1 or hw.gpus_per_node % parallel:
+    elif hw.nodes_per_replica > 1 and parallel != hw.nodes_per_replica * hw.gpus_per_node:
+        raise ConfigError(
+            f"{show('hw.tensor_parallel', parallel)}: must be auto or {hw.nodes_per_replica * hw.gpus_per_node}, all GPUs of the "
+            f"hw.nodes_per_replica={hw.nodes_per_replica} nodes"
+        )
+    elif hw.nodes_per_replica == 1 and (parallel < 1 or hw.gpus_per_node % parallel):
         raise ConfigError(f"{show('hw.tensor_parallel', parallel)}: must be auto or divide hw.gpus_per_node={hw.gpus_per_node}")
     for name, value in hw.env.items():
         if not isinstance(value, str | int | float):

@@ -83,6 +83,8 @@ def unpredictable(shape: ModelShape, dtype: str, hw: HardwareConfig, engine: Eng
     """Why nothing can be said of the time, as a clause; None when something can."""
     if hw.gpu is None:
         return "on a CPU"
+    if hw.nodes_per_replica > 1:
+        return "the network between the nodes of a replica is not known"
     if hw.gpu not in GPUS:
         return f"the speed of {hw.gpu} is not known"
     if dtype not in ("bfloat16", "float16"):

@@ -130,7 +130,6 @@ def test_values_are_copied() -> None:
             {"engine__attention_backend": "flash"},
             "engine.attention_backend=flash: must be one of auto, reference, fused_softmax",
         ),
-        ({"hw__nodes_per_replica": 2}, "hw.nodes_per_replica=2: not supported yet by this version; the valid value is 1"),
         ({"output__keep_columns": "some"}, "output.keep_columns=some: must be all, none or a list of columns"),
     ],
 )
@@ -159,6 +158,11 @@ def test_single_keys(changes: dict[str, Any], said: str) -> None:
         ({"model__architecture": {}}, "model.load_format=random: needs model.architecture or model.path"),
         ({"model__dtype": "float64", "hw__gpu": "A100-80GB"}, "model.dtype=float64: must run on a CPU"),
         ({"hw__tensor_parallel": 3, "hw__gpus_per_node": 4}, "hw.tensor_parallel=3: must be auto or divide hw.gpus_per_node=4"),
+        ({"hw__nodes_per_replica": 2}, "launcher.nodes=1: must be a multiple of hw.nodes_per_replica=2"),
+        (
+            {"hw__nodes_per_replica": 2, "launcher__nodes": 2, "hw__gpus_per_node": 4, "hw__tensor_parallel": 4},
+            "hw.tensor_parallel=4: must be auto or 8, all GPUs of the hw.nodes_per_replica=2 nodes",
+        ),
         ({"hw__env": {"A": {"B": 3}}}, "hw.env.A={B: 3}: must be text or a number"),
         ({"hw__env": {"A": None}}, "hw.env.A=null: must be text or a number"),
         ({"hw__tensor_parallel": 0}, "hw.tensor_parallel=0: must be auto or divide"),

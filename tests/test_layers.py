@@ -21,10 +21,10 @@ LAYERS = {
     "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
     "bench.ceilings worker.peers bench.points job.outlook worker.generations worker.environment",
-    "machines": "engine.engine job.placing job.node job.replica",
+    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
-    "model.loader engine.rank_check job.demand job.layout job.origins job.export",
+    "model.loader engine.rank_check job.demand job.layout job.site job.origins job.export",
     "mechanisms": "compose memory stats job.manifest job.claims job.logs model.parallel model.peer_exchange model.layers "
     "model.rope engine.block_manager engine.ring engine.ordering data.reader data.writer data.columns "
     "data.sampling data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads "

@@ -61,7 +61,7 @@ def _free_for_cache(profiler: Profiler, config: Config) -> int:
     """Bytes of this rank's device that may become KV cache; below 0 when even the model does not fit the share allowed."""
     if profiler.device.type == "cuda":
         return _measure_cuda(profiler, config.engine)
-    processes = max(profiler.parallel.size, config.hw.gpus_per_node)
+    processes = max(profiler.parallel.size // config.hw.nodes_per_replica, config.hw.gpus_per_node)
     return min(available_memory() // CPU_CACHE_SHARE // processes, CPU_CACHE_LIMIT)
 
 

@@ -28,6 +28,7 @@ from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.retry import is_complete, unfinished
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.site import check_limits
 from batchinfer.publish import replace_bytes
 
 INTERRUPTED = 130
@@ -81,6 +82,10 @@ def resolve_kind(config: Config) -> str:
 def check_placeable(kind: str, config: Config) -> None:
     """Raises ConfigError when jobs of this kind cannot be placed here."""
     nodes, hw = config.launcher.nodes, config.hw
+    if kind != "slurm" and hw.nodes_per_replica > 1:
+        raise ConfigError(
+            f"{show('hw.nodes_per_replica', hw.nodes_per_replica)}: launcher.kind={kind} has one node; it needs slurm"
+        )
     if kind == "inline" and nodes > 1:
         raise ConfigError(f"{show('launcher.nodes', nodes)}: launcher.kind=inline runs in this process, so it must be 1")
     if kind == "local" and nodes > 1 and hw.gpu is not None:
@@ -91,6 +96,7 @@ def check_placeable(kind: str, config: Config) -> None:
         for program in ("sbatch", "srun"):
             if shutil.which(program) is None:
                 raise ConfigError(f"launcher.kind=slurm: {program} is not on the PATH; without SLURM use launcher=local")
+        check_limits(config)
     elif hw.gpu is not None and len(outer_devices(hw.gpus_per_node)) < hw.gpus_per_node:
         mask = os.environ["CUDA_VISIBLE_DEVICES"]
         raise ConfigError(
@@ -118,7 +124,7 @@ def outer_devices(count: int) -> tuple[str, ...]:
 
 
 def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: Sequence[str] | None = None) -> list[NodeJob]:
-    """One job per node, as plain values."""
+    """One job per node, or per group of nodes that a replica spans, as plain values."""
     hw, launcher = config.hw, config.launcher
     ranks = int(hw.tensor_parallel)
     devices: tuple[str, ...] | None = None if kind == "slurm" else outer_devices(hw.gpus_per_node)[: hw.gpus_per_node]
@@ -127,8 +133,9 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
             run_dir=str(run_dir.root.absolute()),
             submission=number,
             job=job,
-            replicas=hw.gpus_per_node // ranks,
+            replicas=hw.gpus_per_node * hw.nodes_per_replica // ranks,
             tensor_parallel=ranks,
+            nodes=hw.nodes_per_replica,
             visible_devices=() if hw.gpu is None else devices,
             env={name: str(value) for name, value in hw.env.items()},
             cpus_per_rank=hw.cpus_per_gpu or _cores_per_rank(config, kind),
@@ -138,7 +145,7 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
             max_requeues=launcher.max_requeues,
             command=tuple(command) if command else None,
         )
-        for job in range(launcher.nodes)
+        for job in range(launcher.nodes // hw.nodes_per_replica)
     ]
 
 

@@ -34,8 +34,8 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """Of a node."""
-        return self.hw.gpus_per_node // self.ranks
+        """Of a node, or of the nodes that one spans."""
+        return self.hw.gpus_per_node * self.hw.nodes_per_replica // self.ranks
 
 
 def layouts(config: Config, shape: ModelShape, demand: Demand | None = None) -> list[Layout]:
@@ -61,7 +61,10 @@ def layouts(config: Config, shape: ModelShape, demand: Demand | None = None) -> 
 
 
 def _widths(hw: HardwareConfig, shape: ModelShape) -> list[int]:
-    """Ranks of a replica: what divides both the node and the model."""
+    """Ranks of a replica: what divides both the node and the model; all GPUs of the nodes that a replica spans."""
+    if hw.nodes_per_replica > 1:
+        shape.local_sizes(ranks := hw.nodes_per_replica * hw.gpus_per_node)
+        return [ranks]
     if hw.gpu is None:
         return [1 if hw.tensor_parallel == "auto" else int(hw.tensor_parallel)]
     return [ranks for ranks in range(1, hw.gpus_per_node + 1) if hw.gpus_per_node % ranks == 0 and divides(shape, ranks)]

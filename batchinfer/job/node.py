@@ -17,14 +17,17 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from batchinfer.job.left_out import has_failed_here, left_out, node_name, requeue_elsewhere
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
     DONE,
     FAILED,
+    STANDALONE,
     STOPPED,
     Death,
     Replica,
@@ -36,6 +39,7 @@ from batchinfer.job.replica import (
 from batchinfer.job.requeues import count_requeues, record_start
 from batchinfer.job.retry import is_complete
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
 from batchinfer.job.walltime import WORK_UNTIL, Walltime
 from batchinfer.publish import replace_bytes
 
@@ -55,7 +59,8 @@ class NodeJob:
 
     `visible_devices`: the outer device mask, one entry per GPU (indices, UUIDs, MIG ids); empty: no GPU; None: whatever
     the node's own CUDA_VISIBLE_DEVICES says when the job starts, else the first `replicas * tensor_parallel`.
-    `command` stands in for torchrun and the worker (tests).
+    `nodes`: of the one replica, where it spans several; `tensor_parallel` counts the ranks of all of them. Each node calls
+    its own copy of the job. `command` stands in for torchrun and the worker (tests).
     """
 
     run_dir: str
@@ -67,6 +72,7 @@ class NodeJob:
     env: dict[str, str] = field(default_factory=dict)
     cpus_per_rank: int | None = None  # None: the cores of this process, shared out
     setup: tuple[str, ...] = ()
+    nodes: int = 1
     max_restarts: int = 2
     grace_s: float = 10.0
     time_limit_s: float | None = None  # from its start; None: it has none of its own
@@ -78,7 +84,19 @@ class NodeJob:
     def __call__(self) -> int:
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             die_with_parent(death_signal=signal.SIGTERM)  # without its controller nobody could stop it
-        return _Node(self).run()
+        if self.nodes == 1:
+            return _Node(self).run()
+        span = Span.here(self.nodes, self.folder, self.job)
+        return _Lead(self, span).run() if span.node == 0 else _follow(self, span)
+
+    @property
+    def folder(self) -> Path:
+        return RunDir(Path(self.run_dir)).submission(self.submission)
+
+    @property
+    def ranks_here(self) -> int:
+        """Of one replica, on this node."""
+        return self.tensor_parallel // self.nodes
 
     def checkpoint(self) -> Any:
         """What submitit puts back into the queue: the same job. Everything it needs to go on is on disk."""
@@ -88,14 +106,14 @@ class NodeJob:
 
     def devices(self) -> list[tuple[str, ...]]:
         """The GPUs of each replica. Raises RuntimeError when the node shows fewer than the job needs."""
-        needed = self.replicas * self.tensor_parallel
+        needed = self.replicas * self.ranks_here
         visible = self._visible(needed)
         if visible and len(visible) < needed:
             raise RuntimeError(
-                f"job {self.job} needs {needed} GPUs ({self.replicas} replicas of {self.tensor_parallel}), but "
+                f"job {self.job} needs {needed} GPUs ({self.replicas} replicas of {self.ranks_here}), but "
                 f"{socket.gethostname()} shows {len(visible)}: CUDA_VISIBLE_DEVICES={','.join(visible)}"
             )
-        size = self.tensor_parallel
+        size = self.ranks_here
         return [visible[k * size : (k + 1) * size] for k in range(self.replicas)]
 
     def _visible(self, needed: int) -> tuple[str, ...]:
@@ -104,15 +122,22 @@ class NodeJob:
         mask = os.environ.get("CUDA_VISIBLE_DEVICES")
         return tuple(mask.split(",")) if mask else tuple(str(i) for i in range(needed))
 
+    def environment(self, slot: int) -> dict[str, str]:
+        """Of a replica, or of its part on this node."""
+        threads = self.cpus_per_rank or max(1, len(os.sched_getaffinity(0)) // (self.replicas * self.ranks_here))
+        return torchrun_environment(os.environ, self.env, self.devices()[slot], threads)
+
+    def torchrun(self, name: str, rendezvous: Sequence[str] = STANDALONE) -> tuple[str, ...]:
+        ranks = torchrun(self.ranks_here, RunDir(Path(self.run_dir)).replica(name) / "ranks", rendezvous)
+        return self.command or (*ranks, "-m", self.worker_module)
+
 
 class _Node:
     """A NodeJob at work."""
 
     def __init__(self, job: NodeJob) -> None:
         self.job, self.run_dir = job, RunDir(Path(job.run_dir))
-        self.folder = self.run_dir.submissions / f"{job.submission:02d}"
-        self.devices = job.devices()
-        self.threads = job.cpus_per_rank or max(1, len(os.sched_getaffinity(0)) // (job.replicas * job.tensor_parallel))
+        job.devices()  # says at once when they are too few
         self.running: dict[int, Replica] = {}
         self.restarts = dict.fromkeys(range(job.replicas), 0)
         self.failed: set[int] = set()
@@ -124,11 +149,13 @@ class _Node:
     def run(self) -> int:
         if self._look_for_cancel():
             return STOPPED
-        record_start(self.folder, self.job.job)
-        if self._requeues_used_up(count_requeues(self.folder) > self.job.max_requeues):
+        record_start(self.job.folder, self.job.job)
+        if self._requeues_used_up(count_requeues(self.job.folder) > self.job.max_requeues):
             return STOPPED
         self._write_identity()
         with SignalNotes() as notes:
+            if self._may_leave() and node_name() in left_out(self.run_dir, self.job.submission):
+                self._leave_node()
             try:
                 for slot in range(self.job.replicas):
                     self._start(slot)
@@ -136,9 +163,22 @@ class _Node:
             finally:
                 for replica in self.running.values():
                     replica.kill()
-            if not stopped:
-                return FAILED if self.failed and not is_complete(self.run_dir) else DONE
-            return self._after_stop(notes)
+            if stopped:
+                return self._after_stop(notes)
+            if not self.failed or is_complete(self.run_dir):
+                return DONE
+            self._leave_node()
+            return FAILED
+
+    def _leave_node(self) -> None:
+        """Where the node is at fault and not the request, the job goes on elsewhere. Then this does not return."""
+        run_dir, submission = self.run_dir, self.job.submission
+        if self._may_leave() and has_failed_here(run_dir, submission) and requeue_elsewhere(run_dir, submission):
+            sys.exit(1)  # as submitit leaves a job that it has put back: without a result
+
+    def _may_leave(self) -> bool:
+        slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        return slurm and count_requeues(self.job.folder) < self.job.max_requeues
 
     def _watch(self, notes: SignalNotes) -> bool:
         """Until every replica has ended. True: they were stopped."""
@@ -158,13 +198,15 @@ class _Node:
         return bool(notes.stops) or preempted or self.walltime.is_over or self._look_for_cancel()
 
     def _start(self, slot: int) -> None:
+        name = self.run_dir.new_replica(f"{self.job.submission:02d}-{self.job.job}-{slot}")
+        self.running[slot] = self._replica(slot, name)
+
+    def _replica(self, slot: int, name: str) -> Replica:
         job = self.job
-        name = self.run_dir.new_replica(f"{job.submission:02d}-{job.job}-{slot}")
-        ranks = torchrun(job.tensor_parallel, self.run_dir.replica(name) / "ranks")
-        command = job.command or (*ranks, "-m", job.worker_module)
-        env = torchrun_environment(os.environ, job.env, self.devices[slot], self.threads)
-        env[WORK_UNTIL] = str(self.walltime.work_until)
-        self.running[slot] = Replica(self.run_dir, job.submission, name, command, env, job.setup)
+        return Replica(self.run_dir, job.submission, name, job.torchrun(name), self._environment(slot), job.setup)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        return {**self.job.environment(slot), WORK_UNTIL: str(self.walltime.work_until)}
 
     def _ended(self, slot: int, replica: Replica, code: int) -> None:
         del self.running[slot]
@@ -172,7 +214,9 @@ class _Node:
         self.failed.discard(slot)
         self.has_stopped |= code == STOPPED
         if code not in (DONE, STOPPED):
-            self._died(slot, replica.death(code), replica.has_committed())
+            made_progress = replica.has_committed()
+            node = node_name() if self.job.nodes == 1 else ""
+            self._died(slot, replace(replica.death(code), node=node, early=not made_progress), made_progress)
 
     def _died(self, slot: int, death: Death, made_progress: bool) -> None:
         """Restart what had made progress: what dies before its first commit would only die again."""
@@ -208,7 +252,7 @@ class _Node:
         requeue = notes.previous.get(signal.SIGUSR2)
         while not self._look_for_cancel(now=True) and not is_complete(self.run_dir):
             if (notes.warnings or self.has_stopped or self.walltime.is_over) and callable(requeue):
-                if self._requeues_used_up(count_requeues(self.folder) >= self.job.max_requeues):
+                if self._requeues_used_up(count_requeues(self.job.folder) >= self.job.max_requeues):
                     break
                 requeue(signal.SIGUSR2, None)  # exits the process
             if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or time.monotonic() > deadline:
@@ -233,4 +277,38 @@ class _Node:
     def _write_identity(self) -> None:
         pid = os.getpid()
         identity = {"pid": pid, "started": start_time(pid), "boot_id": boot_id(), "host": socket.gethostname()}
-        replace_bytes(identity_of_job(self.folder, self.job.job), json.dumps(identity).encode())
+        replace_bytes(identity_of_job(self.job.folder, self.job.job), json.dumps(identity).encode())
+
+
+class _Lead(_Node):
+    """A NodeJob at work on the first of the nodes that its replica spans."""
+
+    def __init__(self, job: NodeJob, span: Span) -> None:
+        super().__init__(job)
+        self.span = span
+
+    def run(self) -> int:
+        try:
+            return super().run()
+        finally:
+            self.span.say(Word(over=True))
+
+    def _replica(self, slot: int, name: str) -> Replica:
+        word = call_together(name)
+        command = self.job.torchrun(name, self.span.rendezvous(word))
+        return LeadingReplica(self.span, word, self.run_dir, self.job.submission, command, self._environment(slot))
+
+
+def _follow(job: NodeJob, span: Span) -> int:
+    """A NodeJob at work on one of the other nodes. Under SLURM it outlives its part: a task that returned while the job is put
+    back into the queue would leave a result file."""
+    run_dir, env = RunDir(Path(job.run_dir)), job.environment(0)
+
+    def start(word: Word) -> Replica:
+        name = str(word.replica)
+        command = job.torchrun(name, span.rendezvous(word))
+        return Replica(run_dir, job.submission, name, command, env, log_name=span.log_name)
+
+    with SignalNotes():
+        follow(span, run_dir, start)
+    return DONE

@@ -69,8 +69,9 @@ def _hardware(plan: Plan) -> Lines:
     hw, nodes, fitted = plan.fitted.hw, plan.config.launcher.nodes, plan.fitted
     what = f"{hw.gpu} ({hw.interconnect or 'no link'})" if hw.gpu else "CPU process"
     yield "hardware", f"{_count(nodes, 'node')} of {hw.gpus_per_node:,} x {what}"
-    replicas, asked = _count(nodes * fitted.chosen.replicas, "replica"), plan.config.hw.tensor_parallel
-    yield "layout", f"{replicas} of {_count(fitted.chosen.ranks, 'rank')} (hw.tensor_parallel={asked})"
+    replicas, asked = _count(nodes // hw.nodes_per_replica * fitted.chosen.replicas, "replica"), plan.config.hw.tensor_parallel
+    span = f" over {hw.nodes_per_replica:,} nodes" if hw.nodes_per_replica > 1 else ""
+    yield "layout", f"{replicas} of {_count(fitted.chosen.ranks, 'rank')}{span} (hw.tensor_parallel={asked})"
     parameters = f"{fitted.shape.num_parameters():,} parameters in {fitted.dtype}"
     yield "model", f"{parameters}, sequences of up to {fitted.max_model_len:,} tokens"
 

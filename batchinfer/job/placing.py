@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer.config import Config, ConfigError
+from batchinfer.job.left_out import left_out
 from batchinfer.job.node import NodeJob, identity_of_job
 from batchinfer.job.process import boot_id, is_alive, kill_marked, send
 from batchinfer.job.replica import mark_of_job
@@ -143,29 +144,41 @@ def place_slurm(run_dir: RunDir, config: Config, folder: Path, jobs: Sequence[No
 
 
 def sbatch_parameters(run_dir: RunDir, config: Config) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is told; one task on one node per element of the array."""
+    """What submitit's SlurmExecutor is told; one task on each node of an element of the array, which mostly is one."""
     hw, launcher = config.hw, config.launcher
     cpus = None if hw.cpus_per_gpu is None else hw.cpus_per_gpu * hw.gpus_per_node
     wanted = {
         "job_name": config.run_name or run_dir.root.name,
         "time": launcher.timeout_min,
-        "nodes": 1,
+        "nodes": hw.nodes_per_replica,
         "ntasks_per_node": 1,
         "gpus_per_node": None if hw.gpu is None else hw.gpus_per_node,
         "cpus_per_task": cpus,
-        "srun_args": None if cpus is None else [f"--cpus-per-task={cpus}"],  # srun no longer takes it from sbatch
+        "srun_args": _srun_args(cpus, hw.nodes_per_replica) or None,
         "mem": None if hw.mem_gb is None else f"{hw.mem_gb}GB",
         "partition": launcher.partition,
         "account": launcher.account,
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "setup": [*(f"module load {name}" for name in hw.modules), *launcher.setup] or None,
+        "exclude": None if "exclude" in launcher.extra else ",".join(_excluded(run_dir)) or None,
         "array_parallelism": launcher.array_parallelism or launcher.nodes,
         "signal_delay_s": signal_delay(config),
         "stderr_to_stdout": True,
         "additional_parameters": _additional(config),
     }
     return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _excluded(run_dir: RunDir) -> list[str]:
+    """Nodes that an earlier submission left out."""
+    numbers = [int(name) for name in os.listdir(run_dir.submissions) if name.isdecimal()]
+    return sorted({node for number in numbers for node in left_out(run_dir, number)})
+
+
+def _srun_args(cpus: int | None, nodes: int) -> list[str]:
+    """srun no longer takes the cores from sbatch; of several nodes none goes on when the job's process on another died."""
+    return ([] if cpus is None else [f"--cpus-per-task={cpus}"]) + (["--kill-on-bad-exit=1"] if nodes > 1 else [])
 
 
 def _additional(config: Config) -> dict[str, Any]:

@@ -43,21 +43,25 @@ class Death:
     reason: str
     log: str
     restarted_as: str | None = None
+    node: str = ""  # by SLURM's name; empty when it spanned several
+    early: bool = False  # before it had committed anything
 
     def sentence(self) -> str:
         then = f"restarted as {self.restarted_as}" if self.restarted_as else "not restarted"
         return f"replica {self.replica} died ({self.reason}); {then}; log: {self.log}"
 
 
-def torchrun(tensor_parallel: int, log_dir: Path) -> list[str]:
-    """Every rank prints to both the common log, marked, and its own file. `--standalone` takes a free port by itself."""
+STANDALONE = ("--standalone", "--nnodes=1")  # takes a free port by itself
+
+
+def torchrun(ranks: int, log_dir: Path, rendezvous: Sequence[str] = STANDALONE) -> list[str]:
+    """`ranks`: on this node. Every rank prints to both the common log, marked, and its own file."""
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
-        "--nnodes=1",
-        f"--nproc-per-node={tensor_parallel}",
+        *rendezvous,
+        f"--nproc-per-node={ranks}",
         "--max-restarts=0",
         "--role=rank",
         "--tee=3",
@@ -76,9 +80,10 @@ class Replica:
         command: Sequence[str],
         env: Mapping[str, str],
         setup: Sequence[str] = (),
+        log_name: str = "log.txt",
     ) -> None:
         self.name, self._run_dir = name, run_dir
-        self.log = run_dir.replica(name) / "log.txt"
+        self.log = run_dir.replica(name) / log_name
         self._mark = f"{mark_of_job(run_dir, submission)}{name}:{secrets.token_hex(8)}"
         self._commits_before = set(os.listdir(run_dir.completions))
         full = [*command, str(run_dir.root), "--replica", name, "--submission", str(submission)]

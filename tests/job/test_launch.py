@@ -169,6 +169,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_program(folder / "sbatch", "echo Submitted batch job 123")
     write_program(folder / "squeue", "true")
     write_program(folder / "srun", "true")
+    write_program(folder / "scontrol", "exit 1")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(hardware, "visible_gpus", lambda: [])
