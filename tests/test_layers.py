@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / "batchinfer"
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = {
     "entry": "cli __main__",
-    "programs": "job.launch worker.__main__ worker.replica worker.pipeline worker.progress report display profiling "
+    "programs": "job.launch worker.__main__ worker.replica worker.source worker.sink worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
     "bench.ceilings worker.peers bench.points job.outlook worker.generations worker.environment",
     "machines": "engine.engine job.placing job.node job.replica job.span job.left_out",

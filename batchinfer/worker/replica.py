@@ -35,8 +35,9 @@ from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
 from batchinfer.worker.environment import write_environment
 from batchinfer.worker.generations import Generations
-from batchinfer.worker.pipeline import CompletionSink, RequestSource
 from batchinfer.worker.progress import Progress
+from batchinfer.worker.sink import CompletionSink
+from batchinfer.worker.source import RequestSource
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.worker import pipeline
 from batchinfer.worker.generations import Generations
-from batchinfer.worker.pipeline import PREPARE_ROWS, CompletionSink, OpenUnit, PendingRow, RequestSource
+from batchinfer.worker.sink import CompletionSink
+from batchinfer.worker.source import PREPARE_ROWS, OpenUnit, PendingRow, RequestSource
 
 VOCABULARY = 50
 

@@ -176,7 +176,7 @@ def test_a_full_disk_costs_what_was_to_be_saved_and_no_claim(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("batchinfer.worker.pipeline.save_partial", full)
+    monkeypatch.setattr("batchinfer.worker.sink.save_partial", full)
     assert not work(run_dir, manifest, "a", prepare=after_steps(5, Replica.stop))
     assert "is lost: [Errno 28] No space left on device" in caplog.text
     assert nobody_holds(run_dir, manifest)
