@@ -26,7 +26,7 @@ from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.retry import begin, goals
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
-from batchinfer.worker import pipeline
+from batchinfer.worker import source
 from batchinfer.worker.generations import Generations
 from batchinfer.worker.sink import CompletionSink
 from batchinfer.worker.source import PREPARE_ROWS, OpenUnit, PendingRow, RequestSource
@@ -106,7 +106,7 @@ class Run:
 
 
 def test_the_last_commit_ends_the_source_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "CLAIM_INTERVAL_S", 60.0)
+    monkeypatch.setattr(source, "CLAIM_INTERVAL_S", 60.0)
     run = Run(tmp_path, pa.table({"ids": [[1], [2]]}))
     requests = run.requests(2)
     time.sleep(0.2)  # it has found nothing further to claim, and waits
