@@ -7,6 +7,7 @@ accounting.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -133,7 +134,8 @@ def place_slurm(run_dir: RunDir, config: Config, folder: Path, jobs: Sequence[No
     executor = submitit.SlurmExecutor(folder=folder.absolute(), max_num_timeout=config.launcher.max_requeues)
     try:
         executor.update_parameters(**sbatch_parameters(run_dir, config))
-        placed = executor.submit_array(list(jobs))
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
+            placed = executor.submit_array(list(jobs))
     except submitit.core.utils.FailedJobError as error:
         lines = [line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(

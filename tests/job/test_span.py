@@ -52,7 +52,13 @@ if name == "01-0-0" or node == 1:
 
 def test_what_every_node_has_to_say_is_told(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
-    leader, follower = on_both_nodes(spanning(run_dir, "sys.exit(f'node {node} has no GPU')"))
+    body = """
+(run / f"begun{node}").touch()
+while not (run / f"begun{1 - node}").exists():
+    time.sleep(0.02)
+sys.exit(f"node {node} has no GPU")
+"""
+    leader, follower = on_both_nodes(spanning(run_dir, body))
     assert (leader.wait(timeout=60), follower.wait(timeout=60)) == (1, 0)
     assert leader.stderr is not None
     said = leader.stderr.read()

@@ -1,4 +1,4 @@
-"""A real SLURM on one machine, from Debian's packages: munged, slurmctld, and eight slurmd that take themselves for nodes.
+"""A real SLURM on one machine, from Debian's packages: munged, slurmctld, and nine slurmd that take themselves for nodes.
 
 Every node has a host name, processes and mounts of its own (namespaces), so that none sees another's processes, and one goes
 down whole. It claims 16 CPUs, 64 GB and 4 GPUs (character devices without a driver behind them). Network and files are shared.
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path("/run/batchinfer-slurm")
 USERS, STARTING = Path("/run/batchinfer-slurm.users"), Path("/run/batchinfer-slurm.starting")
-NODES = [f"node{i}" for i in range(1, 9)]
+NODES = [f"node{i}" for i in range(1, 10)]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter")
 MAX_ARRAY_SIZE = 33
 CONTROLLER_PORT, FIRST_NODE_PORT = 26817, 27001
@@ -34,7 +34,7 @@ CONTROLLER_PORT, FIRST_NODE_PORT = 26817, 27001
 # cred_expire is also how long a requeued job waits before it starts again; less than 5 means 120. preempt_send_user_signal:
 # preemption sends the job's own warning signal. config_overrides: nodes may claim more than the host has. The partitions keep
 # scenarios out of each other's way: `normal` for whole arrays, `preempt` below `urgent` on a node of their own, and nodes of
-# `fragile` may die.
+# `fragile` and `broken` may die or be spoilt.
 SLURM_CONF = f"""\
 ClusterName=tests
 SlurmctldHost={{host}}(127.0.0.1)
@@ -77,7 +77,8 @@ PartitionName=normal Nodes=node[1-4] Default=YES MaxTime=2-00:00:00 PriorityTier
 PartitionName=short Nodes=node[1-4] MaxTime=30 PriorityTier=10 PreemptMode=OFF
 PartitionName=preempt Nodes=node5 MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=8
 PartitionName=urgent Nodes=node5 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
-PartitionName=fragile Nodes=node[6-8] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=fragile Nodes=node[6-7] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=broken Nodes=node[8-9] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 NODE = (
     "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 "
@@ -207,7 +208,7 @@ class Cluster:
         """A node on which this folder is empty, as when a file system is not mounted there."""
         parent = self._unshare(name)
         (init,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        inside = ["nsenter", f"--target={init}", "--mount"]
+        inside = ["nsenter", f"--target={init}", "--mount", "--pid"]  # umount looks at its own mounts through /proc
         _run(*inside, "mount", "-t", "tmpfs", "none", str(folder))
         try:
             yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.run.jobs import batchinfer, texts
 from tests.slurm.cluster import Cluster, eventually
 
-# In float64 no near-tie can fall the other way. Small steps, so that there is time for something to happen.
+# In float64 no near-tie can fall the other way.
 REQUEST = [
     "model.dtype=float64",
     "sampling.temperature=0.8",
@@ -21,12 +21,25 @@ REQUEST = [
     "engine.stall_timeout_s=10",
     "hw=cpu",
 ]
+SLOWED = Path(__file__).with_name("slowed")
 PATIENCE_S = 200  # of a machine that does much else
 
 
 def on_slurm(run_dir: Path) -> list[str]:
-    """The request as jobs that are called as the folder is."""
-    return [*REQUEST, "launcher=slurm", f"output.dir={run_dir}", f"run_name={run_dir.name}"]
+    """The request as jobs that are called as the folder is, and slowed until `at_full_speed`."""
+    mark = _mark(run_dir)
+    mark.touch()
+    slowed = f"hw.env={{PYTHONPATH: '{SLOWED}', SLOWED_WHILE: '{mark}'}}"
+    return [*REQUEST, "launcher=slurm", f"output.dir={run_dir}", f"run_name={run_dir.name}", slowed]
+
+
+def at_full_speed(run_dir: Path) -> None:
+    """What was to happen has happened."""
+    _mark(run_dir).unlink(missing_ok=True)
+
+
+def _mark(run_dir: Path) -> Path:
+    return run_dir.with_name("slowed")
 
 
 def submit(run_dir: Path, *overrides: str) -> str:
@@ -53,6 +66,7 @@ def is_complete(run_dir: Path) -> bool:
 
 def ended_well(cluster: Cluster, run_dir: Path, undisturbed: dict, rows: int = 64) -> None:
     """The run completes by itself, every row is there once, and the first `rows` say what they say in an undisturbed run."""
+    at_full_speed(run_dir)
     eventually(lambda: is_complete(run_dir), PATIENCE_S, lambda: f"{cluster.jobs('%i %T %r %N')} {logs(run_dir)}")
     verified = batchinfer("verify", run_dir)
     assert verified.returncode == 0, verified.stdout + verified.stderr

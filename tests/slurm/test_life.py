@@ -7,18 +7,18 @@ from pathlib import Path
 
 from tests.run.jobs import batchinfer, start
 from tests.slurm.cluster import Cluster, eventually
-from tests.slurm.request import PATIENCE_S, committed, ended_well, hosts, in_the_middle, logs, on_slurm, replicas, submit
+from tests.slurm.request import PATIENCE_S, at_full_speed, committed, ended_well, hosts, in_the_middle, logs, on_slurm, replicas, submit
 
 
 def test_an_array_over_four_nodes(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
     """The launching terminal stays, and the run can be looked at from another one."""
     log, whole_nodes = run_dir.with_name("log"), "hw.cpus_per_gpu=9"  # of 16: no two jobs on one
     job = start(*on_slurm(run_dir), "launcher.nodes=4", whole_nodes, log=log)
-    in_the_middle(run_dir, 1)
+    eventually(lambda: len(hosts(run_dir)) == 4 and committed(run_dir), PATIENCE_S, lambda: logs(run_dir))
     assert "4 replicas (" in batchinfer("status", run_dir).stdout
-    assert job.wait(timeout=PATIENCE_S) == 0, log.read_text()
     ended_well(cluster, run_dir, undisturbed)
-    assert len(hosts(run_dir)) == 4 and hosts(run_dir) <= {"node1", "node2", "node3", "node4"}
+    assert job.wait(timeout=PATIENCE_S) == 0, log.read_text()
+    assert hosts(run_dir) <= {"node1", "node2", "node3", "node4"}
     assert "units; complete" in log.read_text()
 
 
@@ -67,7 +67,8 @@ def test_scancel_ends_the_run_and_resume_goes_on(cluster: Cluster, run_dir: Path
     in_the_middle(run_dir)
     cluster.ask("scancel", f"--name={run_dir.name}")
     assert job.wait(timeout=60) == 1
-    assert f"finish them with: python -m batchinfer resume {run_dir}" in log.read_text()
+    assert f"rows are missing; finish it with: python -m batchinfer resume {run_dir}" in log.read_text()
+    at_full_speed(run_dir)
     assert batchinfer("resume", run_dir).returncode == 0
     ended_well(cluster, run_dir, undisturbed)
 
@@ -77,6 +78,7 @@ def test_cancelled_from_another_shell_means_cancelled(cluster: Cluster, run_dir:
     in_the_middle(run_dir)
     assert batchinfer("cancel", run_dir).returncode == 0
     eventually(lambda: run_dir.name not in cluster.jobs("%j"), 30, lambda: cluster.jobs("%i %T %r"))
+    at_full_speed(run_dir)
     assert batchinfer("resume", run_dir, "launcher=inline").returncode == 0
     ended_well(cluster, run_dir, undisturbed)
 

@@ -17,9 +17,9 @@ def test_a_rank_on_each_of_two_nodes(cluster: Cluster, run_dir: Path, undisturbe
     said = (run_dir / "replicas/01-0-0/log.txt").read_text()
     assert "batches are shared by gloo, not through shared memory: rank 1: " in said
     cluster.kill_worker(run_dir, rank=1)
-    eventually(lambda: "01-0-0.1" in replicas(run_dir), 60, lambda: logs(run_dir))
-    death = (run_dir / "replicas/01-0-0/died.json").read_text()
-    assert "killed by SIGKILL" in death and '"restarted_as": "01-0-0.1"' in death
+    death = run_dir / "replicas/01-0-0/died.json"
+    eventually(death.exists, PATIENCE_S, lambda: logs(run_dir))
+    assert "killed by SIGKILL" in death.read_text() and '"restarted_as": "01-0-0.1"' in death.read_text()
     in_the_middle(run_dir, committed(run_dir) + 1)
     cluster.ask("scontrol", "requeue", job)
     ended_well(cluster, run_dir, undisturbed, 24)
