@@ -7,7 +7,18 @@ from pathlib import Path
 
 from tests.run.jobs import batchinfer, start
 from tests.slurm.cluster import Cluster, eventually
-from tests.slurm.request import PATIENCE_S, at_full_speed, committed, ended_well, hosts, in_the_middle, logs, on_slurm, replicas, submit
+from tests.slurm.request import (
+    PATIENCE_S,
+    at_full_speed,
+    committed,
+    ended_well,
+    hosts,
+    in_the_middle,
+    logs,
+    on_slurm,
+    replicas,
+    submit,
+)
 
 
 def test_an_array_over_four_nodes(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
