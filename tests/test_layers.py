@@ -21,7 +21,7 @@ LAYERS = {
     "programs": "job.launch worker.__main__ worker.replica worker.source worker.sink worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
     "bench.ceilings worker.peers bench.points job.outlook worker.generations worker.environment",
-    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out",
+    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out job.watchdog",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
     "model.loader engine.rank_check job.demand job.layout job.site job.origins job.export",
@@ -32,7 +32,7 @@ LAYERS = {
     "ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling ops.logprobs ops.skinny "
     "ops.peer_memory model.safetensors_file roofline prediction job.retry",
     "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir "
-    "job.process job.walltime job.requeues",
+    "job.process job.walltime job.requeues job.vitals",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention "
     "ops.reference_penalties ops.reference_sampling ops.reference_logprobs ops.reference_linear topology",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.

@@ -20,6 +20,7 @@ from batchinfer.config import BenchConfig
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.engine import Engine, build_engine
 from batchinfer.engine.sequence import Request, SamplingParams
+from batchinfer.job.vitals import Pulse
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from batchinfer.worker.__main__ import choose_device, follow, keep_out_of_garbage_collection
@@ -111,7 +112,7 @@ def work(task: Task) -> None:
     if parallel.rank == 0:
         lead(task, parallel, device)
     else:
-        follow(task.config, parallel, device)
+        follow(task.config, parallel, device, Pulse())
     parallel.close()
 
 

@@ -36,6 +36,7 @@ from batchinfer.engine.sequence import (
     TokenLogprobs,
     TokenOutput,
 )
+from batchinfer.job.vitals import Phase, Pulse
 from batchinfer.model.config import ModelShape
 from batchinfer.model.parallel import TensorParallel
 
@@ -303,7 +304,14 @@ def build_engine(config: Config, shape: ModelShape, parallel: TensorParallel, de
     return engine
 
 
-def serve(runner: ModelRunner) -> None:
-    """Compute what rank 0 computes, in lockstep, until it closes its engine."""
+def serve(runner: ModelRunner, pulse: Pulse | None = None) -> None:
+    """Compute what rank 0 computes, in lockstep, until it closes its engine. `pulse` beats before and after each step."""
+    beat = pulse.beat if pulse is not None else lambda phase, step=None: None
+    step = 0
+    beat(Phase.FOLLOWING)
     while (batch := runner.receive()) is not None:
+        step += 1
+        beat(Phase.STEPPING, step)
         runner.follow(batch)
+        beat(Phase.FOLLOWING)
+    beat(Phase.ENDING)

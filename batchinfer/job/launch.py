@@ -143,6 +143,7 @@ def make_jobs(run_dir: RunDir, number: int, config: Config, kind: str, command: 
             time_limit_s=None if kind == "inline" else 60.0 * launcher.timeout_min,
             warning_s=signal_delay(config),
             max_requeues=launcher.max_requeues,
+            stall_timeout_s=config.engine.stall_timeout_s,
             command=tuple(command) if command else None,
         )
         for job in range(launcher.nodes // hw.nodes_per_replica)

@@ -78,6 +78,7 @@ class NodeJob:
     time_limit_s: float | None = None  # from its start; None: it has none of its own
     warning_s: float = 120.0  # how long before the limit SIGUSR2 comes
     max_requeues: int = 100  # of all jobs of the submission together
+    stall_timeout_s: float = 300.0  # for which a rank may stand still
     worker_module: str = "batchinfer.worker"
     command: tuple[str, ...] | None = None
 
@@ -203,7 +204,8 @@ class _Node:
 
     def _replica(self, slot: int, name: str) -> Replica:
         job = self.job
-        return Replica(self.run_dir, job.submission, name, job.torchrun(name), self._environment(slot), job.setup)
+        command, env = job.torchrun(name), self._environment(slot)
+        return Replica(self.run_dir, job.submission, name, command, env, job.setup, stall_timeout_s=job.stall_timeout_s)
 
     def _environment(self, slot: int) -> dict[str, str]:
         return {**self.job.environment(slot), WORK_UNTIL: str(self.walltime.work_until)}
@@ -296,7 +298,8 @@ class _Lead(_Node):
     def _replica(self, slot: int, name: str) -> Replica:
         word = call_together(name)
         command = self.job.torchrun(name, self.span.rendezvous(word))
-        return LeadingReplica(self.span, word, self.run_dir, self.job.submission, command, self._environment(slot))
+        env, timeout_s = self._environment(slot), self.job.stall_timeout_s
+        return LeadingReplica(self.span, word, self.run_dir, self.job.submission, command, env, timeout_s)
 
 
 def _follow(job: NodeJob, span: Span) -> int:
@@ -307,7 +310,8 @@ def _follow(job: NodeJob, span: Span) -> int:
     def start(word: Word) -> Replica:
         name = str(word.replica)
         command = job.torchrun(name, span.rendezvous(word))
-        return Replica(run_dir, job.submission, name, command, env, log_name=span.log_name)
+        timeout_s = job.stall_timeout_s
+        return Replica(run_dir, job.submission, name, command, env, log_name=span.log_name, stall_timeout_s=timeout_s)
 
     with SignalNotes():
         follow(span, run_dir, start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -23,6 +24,8 @@ from typing import Any
 import batchinfer
 from batchinfer.job.process import MARK, command_of_child, kill_marked, send
 from batchinfer.job.rundir import RunDir, parse_completion
+from batchinfer.job.vitals import FOLDER, Vitals
+from batchinfer.job.watchdog import Watchdog
 from batchinfer.publish import replace_bytes
 
 DONE, FAILED, STOPPED = 0, 1, 3  # exit codes of a worker, and of a job
@@ -81,13 +84,19 @@ class Replica:
         env: Mapping[str, str],
         setup: Sequence[str] = (),
         log_name: str = "log.txt",
+        stall_timeout_s: float = math.inf,
     ) -> None:
+        """It is killed when one of its ranks stands still for `stall_timeout_s`; where it does nothing that can be counted,
+        several times as long (`job.watchdog`)."""
         self.name, self._run_dir = name, run_dir
         self.log = run_dir.replica(name) / log_name
         self._mark = f"{mark_of_job(run_dir, submission)}{name}:{secrets.token_hex(8)}"
         self._commits_before = set(os.listdir(run_dir.completions))
         full = [*command, str(run_dir.root), "--replica", name, "--submission", str(submission)]
-        self._process = self._start(command_of_child(full, setup), {**env, MARK: self._mark})
+        self._vitals = Vitals.make()
+        self._process = self._start(command_of_child(full, setup), {**env, MARK: self._mark, FOLDER: str(self._vitals.folder)})
+        self._watchdog = Watchdog(self._vitals, self._mark, stall_timeout_s)
+        self._watchdog.start()
 
     def _start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # SIGUSR2 stays blocked until the child ignores it; one that reaches us meanwhile waits, and is not lost.
@@ -119,6 +128,8 @@ class Replica:
             print(f"replica {self.name}: processes {left} do not die (stuck in the kernel?)", file=sys.stderr, flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
+        self._watchdog.close()
+        self._vitals.remove()
 
     def has_committed(self) -> bool:
         """Whether a completions file of this replica appeared since it started. Only footers of newer files are read."""
@@ -132,6 +143,8 @@ class Replica:
         return Death(self.name, exit_code, self._reason(exit_code), str(self.log))
 
     def _reason(self, exit_code: int) -> str:
+        if self._watchdog.verdict is not None:
+            return self._stalled(self._watchdog.verdict)
         tail = _tail(self.log)
         first = first_failure(tail)
         if first is None or first.rank == 0:
@@ -144,6 +157,14 @@ class Replica:
                 f"rank {first.rank} was {_describe_exit(exit_code)}" if first and first.of_several else _describe_exit(exit_code)
             )
         return f"rank {first.rank}: {words}" if first and first.rank > 0 else words
+
+    def _stalled(self, verdict: str) -> str:
+        try:
+            for rank, stacks in self._watchdog.stacks.items():
+                (self._run_dir.replica(self.name) / f"stacks-rank{rank}.txt").write_text(stacks)
+        except OSError as error:
+            return f"{verdict}; no stacks: {error.strerror}"
+        return f"{verdict}; stacks: {self._run_dir.replica(self.name)}/stacks-rank*.txt"
 
 
 def mark_of_job(run_dir: RunDir, submission: int) -> str:

@@ -10,6 +10,7 @@ requeues the element, and so it does when a task dies (`srun --kill-on-bad-exit`
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -89,7 +90,14 @@ class LeadingReplica(Replica):
     """The leader's part, which speaks for all: it has ended when any part has, and ends them all."""
 
     def __init__(
-        self, span: Span, word: Word, run_dir: RunDir, submission: int, command: Sequence[str], env: Mapping[str, str]
+        self,
+        span: Span,
+        word: Word,
+        run_dir: RunDir,
+        submission: int,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        stall_timeout_s: float = math.inf,
     ) -> None:
         assert word.replica is not None
         self._span = span
@@ -97,7 +105,7 @@ class LeadingReplica(Replica):
         self._reports: dict[int, Report] = {}
         self._next_look = 0.0
         span.say(word)
-        super().__init__(run_dir, submission, word.replica, command, env)
+        super().__init__(run_dir, submission, word.replica, command, env, stall_timeout_s=stall_timeout_s)
 
     def exit_code(self) -> int | None:
         if self._own_end is None and (code := super().exit_code()) is not None:

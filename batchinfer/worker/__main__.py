@@ -28,6 +28,7 @@ from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
 from batchinfer.job.replica import BEREAVED, DONE, FAILED, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.vitals import Phase, Pulse
 from batchinfer.job.walltime import WORK_UNTIL
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
@@ -80,7 +81,13 @@ def choose_device(config: Config) -> torch.device:
 
 
 def lead(
-    arguments: Arguments, manifest: Manifest, config: Config, parallel: TensorParallel, peers: Peers, device: torch.device
+    arguments: Arguments,
+    manifest: Manifest,
+    config: Config,
+    parallel: TensorParallel,
+    peers: Peers,
+    device: torch.device,
+    pulse: Pulse,
 ) -> int:
     """Rank 0: from an empty process to the last commit. Returns the exit code."""
     name = arguments.replica or arguments.run_dir.new_replica("hand")
@@ -91,7 +98,8 @@ def lead(
     progress.start()
     try:
         with peers.watched():
-            complete = work(assignment, parallel, device, progress)
+            complete = work(assignment, parallel, device, progress, pulse)
+            pulse.beat(Phase.ENDING)
         progress.enter("done" if complete else "stopped")
         return DONE if complete else STOPPED
     except BaseException as error:
@@ -101,16 +109,17 @@ def lead(
         progress.close()
 
 
-def work(assignment: Assignment, parallel: TensorParallel, device: torch.device, progress: Progress) -> bool:
+def work(assignment: Assignment, parallel: TensorParallel, device: torch.device, progress: Progress, pulse: Pulse) -> bool:
     """Loads the model and runs units through it. True when the run is complete."""
     progress.enter("loading")
+    pulse.beat(Phase.LOADING)
     shape = load_shape(assignment.config.model)
     engine = build_engine(assignment.config, shape, parallel, device)
     progress.phases |= engine.phases | {"ready": process_age()}
     keep_out_of_garbage_collection()
     step_before_all_else()
     try:
-        replica = Replica(assignment, shape, engine, progress)
+        replica = Replica(assignment, shape, engine, progress, pulse)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: replica.stop())
         return replica.run()
@@ -118,13 +127,14 @@ def work(assignment: Assignment, parallel: TensorParallel, device: torch.device,
         engine.close()
 
 
-def follow(config: Config, parallel: TensorParallel, device: torch.device) -> int:
+def follow(config: Config, parallel: TensorParallel, device: torch.device, pulse: Pulse) -> int:
     """Every other rank. Rank 0 says when to stop: a follower that went by itself would look like a crash."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # not SIG_IGN: `Peers.watched` is to hear of it
+    pulse.beat(Phase.LOADING)
     runner = build_runner(config, load_shape(config.model), parallel, device)
     keep_out_of_garbage_collection()
-    serve(runner)
+    serve(runner, pulse)
     return DONE
 
 
@@ -149,6 +159,7 @@ def main(argv: list[str]) -> int:
     # SLURM's warning signal reaches every descendant of a job and by default kills; this process is told by its parent.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     die_with_parent()
+    pulse = Pulse.here()
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ.get('RANK', '0')} %(name)s: %(message)s")
     try:
@@ -158,12 +169,12 @@ def main(argv: list[str]) -> int:
         parallel = init_distributed(device)
         peers = Peers.meet(parallel)
         if parallel.rank == 0:
-            code = lead(arguments, manifest, config, parallel, peers, device)
+            code = lead(arguments, manifest, config, parallel, peers, device, pulse)
         else:
             if arguments.replica and os.environ.get("GROUP_RANK", "0") != "0" and os.environ["LOCAL_RANK"] == "0":
                 write_environment(arguments.run_dir, arguments.replica, config)  # of another node than rank 0's
             with peers.watched():
-                code = follow(config, parallel, device)
+                code = follow(config, parallel, device, pulse)
         parallel.close()
         return code
     except PeerDied as error:

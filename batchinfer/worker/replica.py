@@ -31,6 +31,7 @@ from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weig
 from batchinfer.job.process import start_time
 from batchinfer.job.retry import goals
 from batchinfer.job.rundir import RunDir
+from batchinfer.job.vitals import Phase, Pulse
 from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
 from batchinfer.worker.environment import write_environment
@@ -87,9 +88,10 @@ class Assignment:
 class Replica:
     """Runs units of one run through one engine until none is left, or until it is told to stop."""
 
-    def __init__(self, assignment: Assignment, shape: ModelShape, engine: Engine, progress: Progress) -> None:
+    def __init__(self, assignment: Assignment, shape: ModelShape, engine: Engine, progress: Progress, pulse: Pulse) -> None:
         run_dir, manifest, config = assignment.run_dir, assignment.manifest, assignment.config
-        self._assignment, self._engine, self._progress = assignment, engine, progress
+        self._assignment, self._engine, self._progress, self._pulse = assignment, engine, progress, pulse
+        self._background_turns: object = None  # as far as the threads beside the loop had come when it last beat idly
         self._origins = Background(self._record_origins, "origins")
         self._recorder = StepRecorder(run_dir, assignment.name, config.stats_every, GpuSampler.start() if config.hw.gpu else None)
         identity = Identity.here(assignment.name)
@@ -113,7 +115,15 @@ class Replica:
         window, enough = max(2 * rows, ORDERED_ROWS), -(-rows // 2)
         self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough, generations)
         self._sink = CompletionSink(
-            run_dir, manifest, config, assignment.name, tokenizer, schema, self._before_commit, self._source.look
+            run_dir,
+            manifest,
+            config,
+            assignment.name,
+            tokenizer,
+            schema,
+            self._before_commit,
+            self._source.look,
+            lambda: pulse.beat(Phase.COMMITTING),
         )
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
         self._stopping = threading.Event()
@@ -145,11 +155,20 @@ class Replica:
         self._look_at_the_time()
         self._admit()
         if not self._engine.has_work():
-            self._progress.enter("running" if not self._sink.idle else "waiting")
-            time.sleep(IDLE_S)
+            self._rest()
             return
         self._progress.enter("running")
+        self._pulse.beat(Phase.STEPPING, self._engine.num_steps)
         self._step()
+
+    def _rest(self) -> None:
+        """A pass without work. It shows life only when what it waits for does: the last commit, else the next row."""
+        idle, turns = self._sink.idle, (self._sink.num_pending, self._sink.num_pending or self._source.turns)
+        if turns != self._background_turns:
+            self._background_turns = turns
+            self._pulse.beat(Phase.COMMITTING if self._sink.num_pending else Phase.IDLE)
+        self._progress.enter("running" if not idle else "waiting")
+        time.sleep(IDLE_S)
 
     def _step(self, last: bool = False) -> None:
         outputs, stats = self._engine.step(last)

@@ -72,7 +72,7 @@ class CompletionSink:
 
     Decoding, building the table and the commit itself run in one background thread; `before_commit` is called there first
     (statistics are flushed, the weights' hash is awaited), so that a committed row never points at something lost, and
-    `after_commit` when the unit is there.
+    `after_commit` when the unit is there. `before_wait` is called where the engine has to wait for a commit.
     """
 
     def __init__(
@@ -85,9 +85,11 @@ class CompletionSink:
         input_schema: pa.Schema,
         before_commit: Callable[[], None],
         after_commit: Callable[[], None] = lambda: None,
+        before_wait: Callable[[], None] = lambda: None,
     ):
         self._run_dir, self._manifest, self._config, self._replica = run_dir, manifest, config, replica
         self._tokenizer, self._before_commit, self._after_commit = tokenizer, before_commit, after_commit
+        self._before_wait = before_wait
         self._schema = output_schema(input_schema, manifest.columns, config)
         self._versions, self._fingerprint = versions(), manifest.fingerprint
         self._running: dict[int, RunningSample] = {}
@@ -166,6 +168,11 @@ class CompletionSink:
         return not self._running and not self._open and not self._commits
 
     @property
+    def num_pending(self) -> int:
+        """Units that wait for their commit, or for `idle` to notice that it has ended."""
+        return len(self._commits)
+
+    @property
     def open_units(self) -> list[int]:
         return sorted(self._open)
 
@@ -212,6 +219,8 @@ class CompletionSink:
         """Raises what a commit raised; forgets the commits that have ended."""
         pending = []
         for commit in self._commits:
+            if wait and not commit.done():
+                self._before_wait()
             if wait or commit.done():
                 commit.result()
             else:

@@ -92,6 +92,7 @@ class RequestSource:
         self._look = threading.Event()
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever
+        self.turns = 0  # of the thread: it goes on
         self._thread = threading.Thread(target=self._run, name="request-source", daemon=True)
 
     def start(self) -> None:
@@ -119,6 +120,7 @@ class RequestSource:
     def _run(self) -> None:
         try:
             while not self._stop.is_set() and not self.finished:
+                self.turns += 1
                 if self._rows.qsize() > self._enough:  # what waits here is work that another replica could be doing
                     self._stop.wait(FULL_INTERVAL_S)
                     continue
@@ -152,6 +154,7 @@ class RequestSource:
         step = min(PREPARE_ROWS, self._window)
         for start in range(0, len(rows), step):
             chunk = rows[start : start + step]
+            self.turns += 1
             prepared = self._builder.prepare(pick_rows(table, chunk), [keys[index] for index in chunk])
             gathered += [PendingRow(opened, index, row) for index, row in zip(chunk, prepared, strict=True)]
             if start + step >= len(rows) or len(gathered) >= self._window or self._rows.empty():

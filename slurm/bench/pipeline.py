@@ -44,6 +44,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import Request, StepResult
 from batchinfer.job.manifest import Manifest, git_commit, versions
 from batchinfer.job.plan import freeze, make_plan, resolved
+from batchinfer.job.vitals import Pulse
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.parallel import TensorParallel
 from batchinfer.worker.__main__ import choose_device, keep_out_of_garbage_collection, step_before_all_else
@@ -226,7 +227,7 @@ def measure(
     progress.start()
     with Clock(engine) as clock:
         begin = time.perf_counter()
-        finished = Replica(assignment, shape, engine, progress).run()
+        finished = Replica(assignment, shape, engine, progress, Pulse()).run()
         end = time.perf_counter()
     progress.close()
     assert finished and len(list(run_dir.completions.iterdir())) == len(assignment.manifest.units)

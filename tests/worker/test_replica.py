@@ -23,6 +23,7 @@ from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
+from batchinfer.job.vitals import Pulse
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from batchinfer.worker.progress import Progress
@@ -68,7 +69,7 @@ def work(
     engine = build_engine(config, shape, TensorParallel(), torch.device("cpu"))
     run_dir.replica(name).mkdir()
     assignment = Assignment(run_dir, manifest, config, name, None, time.time() + left_s)
-    replica = Replica(assignment, shape, engine, Progress(run_dir, name))
+    replica = Replica(assignment, shape, engine, Progress(run_dir, name), Pulse())
     prepare(replica)
     try:
         complete = replica.run()
