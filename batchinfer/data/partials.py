@@ -23,7 +23,7 @@ from batchinfer.data.results import RowResult, logprobs_column, logprobs_rows
 from batchinfer.data.schema import FOOTER_KEY, LOGPROBS
 from batchinfer.data.writer import logical_hash
 from batchinfer.job.rundir import RunDir
-from batchinfer.publish import publish, temporary
+from batchinfer.publish import replace_bytes
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +57,13 @@ def prompt_hash(token_ids: Sequence[int]) -> int:
 
 
 def save_partial(run_dir: RunDir, unit: int, epoch: int, fingerprint: str, results: Mapping[Key, RowResult]) -> None:
-    """Publish what there is of a unit that is not finished. Raises OSError."""
+    """Publish what there is of a unit that is not finished, in place of what the same claim had saved before. Raises OSError."""
     table = _table(results)
     footer = {"unit": unit, "fingerprint": fingerprint, "content_hash": logical_hash(table)}
     table = table.replace_schema_metadata({FOOTER_KEY: json.dumps(footer)})
-    final = run_dir.partial(unit, epoch)
-    tmp = temporary(final)
-    try:
-        with open(tmp, "xb") as file:
-            pq.write_table(table, file, compression="zstd")
-        publish(tmp, final)
-    finally:
-        tmp.unlink(missing_ok=True)
+    file = pa.BufferOutputStream()
+    pq.write_table(table, file, compression="zstd")
+    replace_bytes(run_dir.partial(unit, epoch), file.getvalue().to_pybytes(), durable=True)
 
 
 def load_partial(run_dir: RunDir, unit: int, epoch: int, fingerprint: str) -> dict[Key, RowResult]:

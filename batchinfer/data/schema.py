@@ -59,9 +59,10 @@ ERROR_CODES = (
     "bad_sampling",  # input.sampling_column: unknown key or value out of range
     "bad_grammar",  # json_schema, regex or choice: not valid, impossible, or beyond what can be followed to its end
     "bad_logits",  # the model's numbers overflowed for this row
+    "killed_replica",  # alone in the engine, it ended its replica twice
 )
 # Those of a row that can never be a prompt, or not for this model: with the same request they come out the same again.
-OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits", "engine_died"}
+OF_THE_ROW = frozenset(ERROR_CODES) - {"bad_logits", "killed_replica"}
 
 
 @dataclass(frozen=True)

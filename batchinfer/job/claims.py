@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,25 +63,29 @@ class ClaimBoard:
         stall_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         goals: Mapping[int, int] | None = None,
+        doubtful: Collection[int] = (),
     ):
-        """`goals`: the generation of a unit that makes it done, where it is not 0 (a retry)."""
+        """`goals`: the generation of a unit that makes it done, where it is not 0 (a retry). `doubtful` units are taken first
+        when their holder is lost: they may be why, and the sooner that is known the better."""
         self._run_dir, self._identity = run_dir, identity
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
         self._pending = list(range(num_units))
         self._goals = dict.fromkeys(self._pending, 0) | dict(goals or {})
+        self._doubtful = frozenset(doubtful)
         self._epochs: dict[int, int] = {}  # highest epoch of every unit that was ever claimed
         self._held: dict[int, int] = {}  # unit -> epoch of our claim
         self._holders: dict[tuple[int, int], Identity | None] = {}  # (unit, epoch) -> who; None: given back
         self._beats: dict[str, tuple[int | None, float]] = {}  # replica -> heartbeat, and our clock when we first saw it
 
     def claim(self) -> int | None:
-        """A unit that nobody holds and nobody has done, lowest number first; then those of lost holders. None: nothing now.
+        """A unit that nobody holds and nobody has done, lowest number first; then those of lost holders (doubtful ones before
+        all). None: nothing now.
 
         Costs one listing of completions/ and one of claims/, and reads each claim file at most once.
         """
         self._list_claims()
         self._list_completions()
-        for find in (self._free_units, self._lost_units):
+        for find in (self._lost_doubtful_units, self._free_units, self._lost_units):
             for unit in find():
                 in_work = unit in self._held  # taken from us when we stood still, and lost again since: renewed, not begun anew
                 if self._take(unit) and not in_work:
@@ -135,9 +139,15 @@ class ClaimBoard:
             if epoch is None or (epoch + self._goals[unit] > 0 and self._holder(unit, epoch) is None):
                 yield unit
 
+    def _lost_doubtful_units(self) -> Iterator[int]:
+        return self._lost(unit for unit in self._pending if unit in self._doubtful and unit in self._epochs)
+
     def _lost_units(self) -> Iterator[int]:
+        return self._lost(self._pending)
+
+    def _lost(self, units: Iterable[int]) -> Iterator[int]:
         lost: dict[str, bool] = {}  # by replica, so that each heartbeat is read once
-        for unit in self._pending:
+        for unit in units:
             if unit in self._held and self._held[unit] == self._epochs[unit]:
                 continue
             holder = self._holder(unit, self._epochs[unit])
@@ -200,6 +210,28 @@ class ClaimBoard:
             if error.errno == errno.ESTALE:  # replaced on an NFS server while we read: it beats
                 return None
             raise
+
+
+def units_of(run_dir: RunDir, replica: str, goals: Mapping[int, int]) -> list[int]:
+    """Units that are not done and that the replica, which has ended, had not given back. Somebody may have taken them over."""
+    done = run_dir.done_units()
+    claims: dict[int, list[int]] = {}
+    for parsed in filter(None, map(parse_claim, os.listdir(run_dir.claims))):
+        if done.get(parsed[0], -1) < goals.get(parsed[0], 0):
+            claims.setdefault(parsed[0], []).append(parsed[1])
+    return sorted(
+        unit for unit, epochs in claims.items() if _was_held(run_dir, replica, unit, sorted(epochs), goals.get(unit, 0))
+    )
+
+
+def _was_held(run_dir: RunDir, replica: str, unit: int, epochs: Sequence[int], generation: int) -> bool:
+    raw = {epoch: json.loads(run_dir.claim(unit, epoch).read_bytes()) for epoch in epochs}
+    for epoch, claim in raw.items():
+        is_own = claim["holder"] is not None and claim["holder"]["replica"] == replica and claim["generation"] == generation
+        following = raw.get(epoch + 1)
+        if is_own and (following is None or following["holder"] is not None):
+            return True
+    return False
 
 
 def _claim_json(holder: Identity | None, generation: int = 0) -> bytes:

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from batchinfer.job.attempts import Gain, record_death
 from batchinfer.job.left_out import has_failed_here, left_out, node_name, requeue_elsewhere
+from batchinfer.job.narrowing import MOST_BARREN
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
     DONE,
@@ -31,6 +33,7 @@ from batchinfer.job.replica import (
     STOPPED,
     Death,
     Replica,
+    read_progress,
     torchrun,
     torchrun_environment,
     wait_all,
@@ -141,6 +144,7 @@ class _Node:
         job.devices()  # says at once when they are too few
         self.running: dict[int, Replica] = {}
         self.restarts = dict.fromkeys(range(job.replicas), 0)
+        self.barren = dict.fromkeys(range(job.replicas), 0)  # deaths in a row after which nothing had been gained
         self.failed: set[int] = set()
         self.walltime = Walltime.of_this_job(job.time_limit_s, job.warning_s)
         self.next_look = 0.0
@@ -218,12 +222,31 @@ class _Node:
         if code not in (DONE, STOPPED):
             made_progress = replica.has_committed()
             node = node_name() if self.job.nodes == 1 else ""
-            self._died(slot, replace(replica.death(code), node=node, early=not made_progress), made_progress)
+            death = replace(replica.death(code), node=node, early=not made_progress)
+            self._died(slot, death, made_progress, self._record(death))
 
-    def _died(self, slot: int, death: Death, made_progress: bool) -> None:
-        """Restart what had made progress: what dies before its first commit would only die again."""
-        if made_progress and self.restarts[slot] < self.job.max_restarts:
-            self.restarts[slot] += 1
+    def _record(self, death: Death) -> Gain:
+        """Which units may have killed it. Somebody's SIGTERM is none of theirs, nor what the worker lays to its surroundings."""
+        try:
+            said = read_progress(self.run_dir, death.replica)
+            if death.exit_code == -signal.SIGTERM or (said.get("is_outside") and said["error"] == death.reason):
+                return Gain()
+            return record_death(self.run_dir, death.replica, death.reason)
+        except OSError as error:
+            print(f"cannot record it in {self.run_dir.attempts} ({error.strerror})", file=sys.stderr, flush=True)
+            return Gain()
+
+    def _may_restart(self, slot: int, made_progress: bool, gain: Gain) -> bool:
+        """What dies before it has done anything would only die again, unless it is known better now which rows are the cause."""
+        self.barren[slot] = 1 if made_progress or gain.passed else self.barren[slot] + 1
+        if gain.suspected or gain.apart:
+            self.restarts[slot] -= gain.suspected and self.restarts[slot] > 0  # for its first death is explained with this one
+            return self.barren[slot] <= MOST_BARREN
+        self.restarts[slot] += 1
+        return (made_progress or gain.recorded) and self.restarts[slot] <= self.job.max_restarts
+
+    def _died(self, slot: int, death: Death, made_progress: bool, gain: Gain) -> None:
+        if self._may_restart(slot, made_progress, gain):
             self._start(slot)
             death = replace(death, restarted_as=self.running[slot].name)
         else:

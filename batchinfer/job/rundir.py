@@ -95,6 +95,9 @@ class RunDir:
     def partial(self, unit: int, epoch: int) -> Path:
         return self.partials / f"{unit:06d}.{epoch}.parquet"
 
+    def attempt(self, unit: int, number: int) -> Path:
+        return self.attempts / f"{unit:06d}.{number}.json"
+
     def replica(self, replica: str) -> Path:
         return self.replicas / replica
 
@@ -154,6 +157,11 @@ class RunDir:
         """Epochs of which there is something in partials/ for a unit, the newest first; one listing."""
         found = (parse_partial(name) for name in os.listdir(self.partials))
         return sorted((parsed[1] for parsed in found if parsed is not None and parsed[0] == unit), reverse=True)
+
+    def attempt_numbers(self, unit: int) -> list[int]:
+        """Numbers of the attempts with a unit, in order; one listing."""
+        found = (parse_attempt(name) for name in os.listdir(self.attempts))
+        return sorted(parsed[1] for parsed in found if parsed is not None and parsed[0] == unit)
 
     def remove_partials(self, unit: int) -> None:
         """For a unit that is done. What a replica that stood still saves later stays behind, and nobody reads it."""
@@ -218,6 +226,11 @@ def parse_partial(name: str) -> tuple[int, int] | None:
 
 def parse_claim(name: str) -> tuple[int, int] | None:
     """(unit, epoch) of a file name in claims/, None for any other name."""
+    return _parse(name, "json")
+
+
+def parse_attempt(name: str) -> tuple[int, int] | None:
+    """(unit, number) of a file name in attempts/, None for any other name."""
     return _parse(name, "json")
 
 

@@ -103,6 +103,7 @@ def lead(
         progress.enter("done" if complete else "stopped")
         return DONE if complete else STOPPED
     except BaseException as error:
+        progress.is_outside = isinstance(error, OSError | ConfigError)
         progress.enter("failed", error=sentence(error))
         raise
     finally:

@@ -35,6 +35,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.phases: dict[str, float] = {}
+        self.is_outside = False  # the error has nothing to do with the rows at work
 
     def start(self) -> None:
         self._write()
@@ -70,6 +71,7 @@ class Progress:
                 "beat": self._beat,
                 "phase": self._phase,
                 "error": self._error,
+                "is_outside": self.is_outside,
                 "phases": self.phases,
                 "process": self._process,
                 **gauges,

@@ -26,6 +26,7 @@ from batchinfer.data.columns import columns_to_read
 from batchinfer.data.prompts import PromptBuilder, load_tokenizer
 from batchinfer.data.reader import UnitReader, read_schema, scan_shards
 from batchinfer.engine.engine import Engine
+from batchinfer.job.attempts import doubtful_units
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import NOT_NULL, Manifest, check_weights, hash_weights
 from batchinfer.job.process import start_time
@@ -36,6 +37,7 @@ from batchinfer.model.config import ModelShape
 from batchinfer.stats import GpuSampler, StepRecorder
 from batchinfer.worker.environment import write_environment
 from batchinfer.worker.generations import Generations
+from batchinfer.worker.isolation import Isolation
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.sink import CompletionSink
 from batchinfer.worker.source import RequestSource
@@ -103,7 +105,9 @@ class Replica:
             identity,
             config.engine.stall_timeout_s,
             goals={unit: goal.generation for unit, goal in retried.items()},
+            doubtful=doubtful_units(run_dir),
         )
+        isolation = Isolation(run_dir, manifest, assignment.name, self._may_save)
         root = input_root(manifest, config)
         schema = input_schema(manifest, root)
         reader = UnitReader(root, manifest.shards, columns_to_read(config.input, schema, manifest.columns))
@@ -113,7 +117,7 @@ class Replica:
         builder = PromptBuilder(config, tokenizer, template, length, vocab_size, shape.eos_token_ids)
         rows = max(1, config.engine.max_num_seqs // config.sampling.n)  # that run at once
         window, enough = max(2 * rows, ORDERED_ROWS), -(-rows // 2)
-        self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough, generations)
+        self._source = RequestSource(run_dir, manifest, self._board, reader, builder, window, enough, generations, isolation)
         self._sink = CompletionSink(
             run_dir,
             manifest,
@@ -167,6 +171,8 @@ class Replica:
         if turns != self._background_turns:
             self._background_turns = turns
             self._pulse.beat(Phase.COMMITTING if self._sink.num_pending else Phase.IDLE)
+        if not self._sink.num_pending:
+            self._source.rest()
         self._progress.enter("running" if not idle else "waiting")
         time.sleep(IDLE_S)
 
@@ -235,6 +241,13 @@ class Replica:
             self._sink.save({unit: self._board.epoch(unit) for unit in self._board.held()})
         except (OSError, pa.ArrowException) as error:
             log.warning("what there is of rows in work is lost: %s", error)
+
+    def _may_save(self) -> bool:
+        """Not as long as nobody knows whether the weights are the run's. Raises what a commit would."""
+        if not self._origins.ends_within(0):
+            return False
+        self._before_commit()
+        return True
 
     def _release(self, units: Iterable[int]) -> None:
         for unit in units:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from batchinfer.config import Config
 from batchinfer.data.grammar import reason
-from batchinfer.data.partials import Key, prompt_hash, save_partial
+from batchinfer.data.partials import prompt_hash, save_partial
 from batchinfer.data.prompts import PreparedRow
 from batchinfer.data.results import Logprobs, RowResult
 from batchinfer.data.tokenizer import IncrementalDecoder, StopChecker, Tokenizer
@@ -182,20 +182,9 @@ class CompletionSink:
         for running in self._running.values():
             running.result.latency_s = now - running.admitted_s
         for unit in self._open.values():
-            if unit.number in held and (found := dict(self._begun_rows(unit))):
+            if unit.number in held and (found := dict(unit.begun_rows(self._replica))):
                 save_partial(self._run_dir, unit.number, held[unit.number], self._manifest.fingerprint, found)
                 log.info("unit %d is given back with what there is of %s samples", unit.number, f"{len(found):,}")
-
-    def _begun_rows(self, unit: OpenUnit) -> Iterator[tuple[Key, RowResult]]:
-        for key, results in zip(unit.keys, unit.results, strict=True):
-            for result in results:
-                if result.token_ids and result.error is None:
-                    if result.ended:
-                        result.replica = result.replica or self._replica
-                    else:
-                        result.step_first = None  # the steps are to be those of who finishes it
-                    yield (*key, result.sample), result
-        yield from unit.saved.items()
 
     def close(self) -> list[int]:
         """Ends the pending commits. Returns the numbers of the units that stay unfinished."""

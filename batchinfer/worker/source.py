@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from batchinfer.job.claims import ClaimBoard
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
 from batchinfer.worker.generations import Earlier, Generations, pick_rows
+from batchinfer.worker.isolation import Isolation, Trial
 
 PREPARE_ROWS = 128  # rows rendered and tokenised in one call: enough to parallelise, little enough to start soon
 FULL_INTERVAL_S = 0.005  # how often a source with enough rows looks whether they still are enough
@@ -54,6 +55,18 @@ class OpenUnit:
         tokens = self.earlier.prompt_tokens[index]
         return [replace(error, num_prompt_tokens=tokens, sample=sample) for sample in self.samples(index, 0)]
 
+    def begun_rows(self, replica: str) -> Iterator[tuple[Key, RowResult]]:
+        """What is there to be saved: finished samples whole, others as far as they have come. `replica`: who finished them."""
+        for key, results in zip(self.keys, self.results, strict=True):
+            for result in results:
+                if result.token_ids and result.error is None:
+                    if result.ended:
+                        result.replica = result.replica or replica
+                    else:
+                        result.step_first = None  # the steps are to be those of who finishes it
+                    yield (*key, result.sample), result
+        yield from self.saved.items()
+
 
 @dataclass(slots=True)
 class PendingRow:
@@ -83,9 +96,10 @@ class RequestSource:
         window: int,
         enough: int,
         generations: Generations,
+        isolation: Isolation,
     ):
         self._run_dir, self._manifest, self._board, self._reader, self._builder = run_dir, manifest, board, reader, builder
-        self._generations = generations
+        self._generations, self._isolation = generations, isolation
         self._rows: queue.Queue[PendingRow] = queue.Queue(maxsize=window)
         self._window, self._enough = window, enough
         self._stop = threading.Event()
@@ -93,6 +107,8 @@ class RequestSource:
         self._error: BaseException | None = None
         self.finished = False  # every unit of the run is committed, by whomever
         self.turns = 0  # of the thread: it goes on
+        self._put_count = 0  # rows, by the thread
+        self._taken = self._rested = 0  # rows, by the caller of `take`; how many they were when it had nothing left to do
         self._thread = threading.Thread(target=self._run, name="request-source", daemon=True)
 
     def start(self) -> None:
@@ -103,9 +119,15 @@ class RequestSource:
         if self._error is not None:
             raise self._error
         try:
-            return self._rows.get_nowait()
+            row = self._rows.get_nowait()
         except queue.Empty:
             return None
+        self._taken += 1
+        return row
+
+    def rest(self) -> None:
+        """Said by the caller of `take`: nothing of what it has taken is running any more, nor waits for its commit."""
+        self._rested = self._taken
 
     def look(self) -> None:
         """A unit has been committed here: it may have been the last, so look now and not at the next interval."""
@@ -148,8 +170,40 @@ class RequestSource:
 
     def _prepare(self, number: int) -> None:
         opened = self._open(number)
+        rows = range(len(opened.keys)) if opened.earlier is None else sorted(opened.earlier.wanted)
+        trial = self._isolation.trial(number, opened.generation, rows)
+        if trial is None:
+            self._hand_over(opened, rows)
+        elif (left := self._run_apart(opened, trial, set(rows))) is not None:
+            condemned = trial.condemned
+            if all(self._put(PendingRow(opened, row, error)) for row, error in condemned.items()):
+                self._hand_over(opened, sorted(left - condemned.keys()))
+
+    def _run_apart(self, opened: OpenUnit, trial: Trial, rows: set[int]) -> set[int] | None:
+        """Rows of a unit that killed replicas, a set at a time, with nothing else in the engine. Returns those that did not run,
+        because more is known of them already; None: it was stopped."""
+        while (suspects := trial.next_set()) is not None:
+            if not self._wait_for_rest():
+                return None
+            trial.begin(suspects)
+            if not self._hand_over(opened, suspects) or not self._wait_for_rest():
+                return None
+            trial.passed(suspects, opened.epoch, dict(opened.begun_rows(self._isolation.replica)) if opened.remaining else {})
+            rows = rows - set(suspects)
+        return rows
+
+    def _wait_for_rest(self) -> bool:
+        """Until whatever was handed over is done with. False: it was stopped before."""
+        while not self._stop.is_set():
+            if self._rested == self._put_count:
+                return True
+            self.turns += 1
+            self._stop.wait(FULL_INTERVAL_S)
+        return False
+
+    def _hand_over(self, opened: OpenUnit, rows: Sequence[int]) -> bool:
+        """False: it was stopped before all rows were handed over."""
         table, keys = opened.inputs, opened.keys
-        rows = range(len(keys)) if opened.earlier is None else sorted(opened.earlier.wanted)
         gathered: list[PendingRow] = []
         step = min(PREPARE_ROWS, self._window)
         for start in range(0, len(rows), step):
@@ -160,13 +214,15 @@ class RequestSource:
             if start + step >= len(rows) or len(gathered) >= self._window or self._rows.empty():
                 order = order_window([row.prepared.token_ids or [] for row in gathered])
                 if not all(self._put(gathered[i]) for i in order):
-                    return
+                    return False
                 gathered = []
+        return True
 
     def _put(self, row: PendingRow) -> bool:
         while not self._stop.is_set():
             try:
                 self._rows.put(row, timeout=0.1)
+                self._put_count += 1
                 return True
             except queue.Full:
                 continue

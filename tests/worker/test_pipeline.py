@@ -28,6 +28,7 @@ from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.worker import source
 from batchinfer.worker.generations import Generations
+from batchinfer.worker.isolation import Isolation
 from batchinfer.worker.sink import CompletionSink
 from batchinfer.worker.source import PREPARE_ROWS, OpenUnit, PendingRow, RequestSource
 
@@ -69,7 +70,15 @@ class Run:
         self.builder = PromptBuilder(self.config, None, None, 1000, VOCABULARY)
         generations = Generations(self.run_dir, goals(self.run_dir), "")
         self.source = RequestSource(
-            self.run_dir, self.manifest, self.board, reader, self.builder, window, window // 4, generations
+            self.run_dir,
+            self.manifest,
+            self.board,
+            reader,
+            self.builder,
+            window,
+            window // 4,
+            generations,
+            Isolation(self.run_dir, self.manifest, replica, lambda: True),
         )
         self.sink = CompletionSink(
             self.run_dir, self.manifest, self.config, replica, tokenizer, found.schema, lambda: None, self.source.look

@@ -10,17 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from batchinfer.config import from_dict
-from batchinfer.data.reader import scan_shards
-from batchinfer.data.schema import RowRange
 from batchinfer.engine.engine import build_engine
 from batchinfer.job.claims import ClaimBoard, Identity
-from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.job.vitals import Pulse
@@ -28,37 +24,7 @@ from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.replica import Assignment, Replica
-
-ROWS, UNIT, TOKENS = 16, 4, 40
-ARCHITECTURE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "model_type": "llama",
-}
-
-
-def make_run(folder: Path) -> tuple[RunDir, Manifest]:
-    folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"ids": [[k + 1, 7, k % 5] for k in range(ROWS)]}), folder / "in.parquet")
-    config = from_dict(
-        {
-            "hw": {"gpu": None},
-            "model": {"load_format": "random", "dtype": "float64", "architecture": ARCHITECTURE},
-            "input": {"paths": [str(folder / "in.parquet")], "token_ids_column": "ids"},
-            "sampling": {"temperature": 0.9, "max_tokens": TOKENS, "ignore_eos": True},
-            "output": {"token_ids": True},
-            "engine": {"max_num_seqs": 4},
-        }
-    )
-    found = scan_shards(config.input.paths)
-    units = tuple((RowRange(0, start, start + UNIT),) for start in range(0, ROWS, UNIT))
-    run_dir = RunDir(folder / "run")
-    return run_dir, Manifest.create(run_dir, config, found, ["ids"], units, request_of(config, found.shards, found.schema))
+from tests.worker.runs import ROWS, TOKENS, make_run
 
 
 def work(
