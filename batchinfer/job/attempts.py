@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from batchinfer.job.claims import units_of
@@ -50,10 +50,14 @@ def add_attempt(run_dir: RunDir, unit: int, generation: int, attempt: Attempt) -
         number += 1
 
 
-def record_death(run_dir: RunDir, replica: str, reason: str) -> Gain:
-    """A death of its own accord, as an attempt with each unit that the replica held. Raises OSError."""
+def record_death(run_dir: RunDir, replica: str, reason: str, held: Collection[int] = ()) -> Gain:
+    """A death of its own accord, as an attempt with each unit that the replica held. Raises OSError.
+
+    `held`: what it said itself before it gave it back.
+    """
     goal = {unit: goal.generation for unit, goal in goals(run_dir).items()}
-    gains = [_record(run_dir, unit, goal.get(unit, 0), replica, reason) for unit in units_of(run_dir, replica, goal)]
+    units = sorted({*units_of(run_dir, replica, goal), *held})
+    gains = [_record(run_dir, unit, goal.get(unit, 0), replica, reason) for unit in units]
     return Gain(
         recorded=bool(gains),
         suspected=any(gain.suspected for gain in gains),

@@ -231,7 +231,7 @@ class _Node:
             said = read_progress(self.run_dir, death.replica)
             if death.exit_code == -signal.SIGTERM or (said.get("is_outside") and said["error"] == death.reason):
                 return Gain()
-            return record_death(self.run_dir, death.replica, death.reason)
+            return record_death(self.run_dir, death.replica, death.reason, said.get("held", ()))
         except OSError as error:
             print(f"cannot record it in {self.run_dir.attempts} ({error.strerror})", file=sys.stderr, flush=True)
             return Gain()

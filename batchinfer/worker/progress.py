@@ -35,6 +35,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.phases: dict[str, float] = {}
+        self.held: list[int] = []  # units, when an error came: they are given back before the end
         self.is_outside = False  # the error has nothing to do with the rows at work
 
     def start(self) -> None:
@@ -72,6 +73,7 @@ class Progress:
                 "phase": self._phase,
                 "error": self._error,
                 "is_outside": self.is_outside,
+                "held": self.held,
                 "phases": self.phases,
                 "process": self._process,
                 **gauges,

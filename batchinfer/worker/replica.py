@@ -149,6 +149,9 @@ class Replica:
             if self._engine.in_flight is not None:
                 self._step(last=True)
             return self._source.finished and self._sink.idle
+        except BaseException:
+            self._progress.held = self._board.held()  # while they are
+            raise
         finally:
             self._wind_up()
 

@@ -1,6 +1,6 @@
 """First on the PYTHONPATH of a run, this makes one row deadly: a worker that has it in its engine ends as BATCHINFER_POISON says.
 
-`{"text": what the prompt contains, as token ids, "how": "kill", "exit" or "hang"}`.
+`{"prompt": its token ids, "how": "kill", "exit" or "hang"}`.
 """
 
 import json
