@@ -35,6 +35,10 @@ class InputChanged(RuntimeError):
     """An input file is not the one that was planned: its size or its Parquet footer differs."""
 
 
+class InputUnreadable(RuntimeError):
+    """Rows of an input file cannot be read, though it is the one that was planned."""
+
+
 @dataclass(frozen=True)
 class InputSet:
     """The shards of a request in order, under their deepest common folder, and the schema that they share."""
@@ -286,7 +290,7 @@ class UnitReader:
         except (OSError, pa.ArrowException, StopIteration) as error:
             del self._cursors[row_range.shard]
             rows = f"rows {row_range.start:,} to {row_range.stop - 1:,}"
-            raise RuntimeError(f"{str(path)!r}: {rows} cannot be read: {error or 'the file ends before them'}") from error
+            raise InputUnreadable(f"{str(path)!r}: {rows} cannot be read: {error or 'the file ends before them'}") from error
 
     def _cursor(self, index: int, path: Path) -> _Cursor:
         """The open cursor of a shard; the least recently used one is let go.

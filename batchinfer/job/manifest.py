@@ -147,6 +147,10 @@ def checkpoint_digests(path: str | Path | None) -> dict[str, str | None]:
     }
 
 
+class OtherWeights(RuntimeError):
+    """A checkpoint is not the one that the run began with."""
+
+
 def hash_weights(path: str | Path) -> dict[str, str]:
     """sha256 of every weight file's content, by file name."""
     files = _weight_files(Path(path))
@@ -155,14 +159,14 @@ def hash_weights(path: str | Path) -> dict[str, str]:
 
 
 def check_weights(run_dir: RunDir, hashes: dict[str, str]) -> None:
-    """Record the weights that this run works with, or compare with what is recorded. Raises RuntimeError naming the file."""
+    """Record the weights that this run works with, or compare with what is recorded. Raises OtherWeights naming the file."""
     if publish_bytes(run_dir.weights_json, json.dumps(hashes, indent=1).encode()) is Published.WON:
         return
     recorded = json.loads(run_dir.weights_json.read_bytes())
     for name in sorted(recorded.keys() | hashes.keys()):
         if recorded.get(name) != hashes.get(name):
             then, now = recorded.get(name, "absent"), hashes.get(name, "absent")
-            raise RuntimeError(f"weight file {name} is not the one that this run began with (sha256 was {then}, now {now})")
+            raise OtherWeights(f"weight file {name} is not the one that this run began with (sha256 was {then}, now {now})")
 
 
 def versions() -> dict[str, Any]:

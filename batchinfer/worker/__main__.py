@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from batchinfer.config import Config, ConfigError, from_dict
+from batchinfer.data.reader import InputChanged, InputUnreadable
 from batchinfer.engine.engine import build_engine, serve
 from batchinfer.engine.model_runner import build_runner
-from batchinfer.job.manifest import Manifest
+from batchinfer.job.manifest import Manifest, OtherWeights
 from batchinfer.job.process import die_with_parent
 from batchinfer.job.replica import BEREAVED, DONE, FAILED, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 HAND_OVER_S = 0.0002  # for which a thread may hold the interpreter while the engine's thread asks for it; Python's: 0.005
 COLLECT_AFTER = 50_000  # new objects that still live, instead of Python's 700: two steps of a large batch make as many
+# What fails for these reasons says nothing of the rows that were at work.
+OUTSIDE = (OSError, ConfigError, InputChanged, InputUnreadable, OtherWeights)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def lead(
         progress.enter("done" if complete else "stopped")
         return DONE if complete else STOPPED
     except BaseException as error:
-        progress.is_outside = isinstance(error, OSError | ConfigError)
+        progress.is_outside = isinstance(error, OUTSIDE)
         progress.enter("failed", error=sentence(error))
         raise
     finally:

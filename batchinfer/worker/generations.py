@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.data.reader import InputChanged
 from batchinfer.data.writer import DamagedFile, file_hash, logical_hash, read_footer, read_rows
 from batchinfer.job.retry import Goal
 from batchinfer.job.rundir import RunDir
@@ -53,7 +54,7 @@ class Generations:
     def earlier(self, unit: int, keys: Keys, inputs: pa.Table) -> Earlier | None:
         """What a retry begins from; None for a unit that is made for the first time.
 
-        Raises DamagedFile when it is not what was written, RuntimeError when its input is not what was read for it.
+        Raises DamagedFile when it is not what was written, InputChanged when its input is not what was read for it.
         """
         goal = self._goals.get(unit)
         if goal is None:
@@ -86,7 +87,7 @@ def _load(path: Path, inputs: pa.Table) -> pa.Table:
     if file_hash(path) != footer.file_hash:
         raise DamagedFile(f"{path}: its bytes are not those that were written, so its rows are not copied; see `verify`")
     if logical_hash(inputs) != footer.input_hash:
-        raise RuntimeError(f"{path}: its input has changed since it was read, so its error rows cannot be run again")
+        raise InputChanged(f"{path}: its input has changed since it was read, so its error rows cannot be run again")
     with pq.ParquetFile(path) as file:
         return read_rows(file)
 

@@ -113,6 +113,12 @@ def test_they_go_with_their_unit(run_dir: RunDir) -> None:
     assert os.listdir(run_dir.partials) == ["000030.0.parquet"]
 
 
+def test_the_same_claim_may_save_again(run_dir: RunDir) -> None:
+    for tokens in (2, 4):
+        save_partial(run_dir, 3, 1, FINGERPRINT, begun(tokens))
+    assert plain(load_partial(run_dir, 3, 2, FINGERPRINT)) == plain(begun(4))
+
+
 def test_prompts_are_told_apart() -> None:
     assert prompt_hash([1, 2]) == prompt_hash((1, 2)) != prompt_hash([2, 1]) and -(2**63) <= prompt_hash([5]) < 2**63
 
@@ -128,7 +134,7 @@ save_partial(RunDir(Path(sys.argv[1])), 3, 2, FINGERPRINT, begun(4))
 """
 
 
-@pytest.mark.parametrize(("call", "tokens"), [("fsync", 2), ("link", 2), ("unlink", 4)])
+@pytest.mark.parametrize(("call", "tokens"), [("fsync", 2), ("replace", 2)])
 def test_killed_while_it_saves_the_one_before_stands(run_dir: RunDir, call: str, tokens: int) -> None:
     save_partial(run_dir, 3, 0, FINGERPRINT, begun(2))
     died = subprocess.run([sys.executable, "-c", KILLED, str(run_dir.root), call], cwd=Path(__file__).parents[2])
