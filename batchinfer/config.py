@@ -153,7 +153,9 @@ class EngineConfig:
         choices=("auto", "reference", "fused_softmax"),
     )
     check_ranks: bool = _key(False, THROUGHPUT, "debug: compare batch, hidden states and tokens of all ranks in every step")
-    stall_timeout_s: float = _key(300.0, THROUGHPUT, "a replica whose heartbeat stands still this long loses its claims", above=0)
+    stall_timeout_s: float = _key(
+        300.0, THROUGHPUT, "a replica that stands still this long is killed, and loses its claims", above=0
+    )
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,11 @@ class Replica:
         self._watchdog.close()
         self._vitals.remove()
 
+    def leave_stacks(self) -> None:
+        """Of its ranks on this node, when they stand still; before `kill`, where another node ends it."""
+        self._watchdog.ask()
+        self._stalled("")
+
     def has_committed(self) -> bool:
         """Whether a completions file of this replica appeared since it started. Only footers of newer files are read."""
         from batchinfer.data.writer import read_footer  # pyarrow, which a job needs only when a replica died
@@ -159,12 +164,13 @@ class Replica:
         return f"rank {first.rank}: {words}" if first and first.rank > 0 else words
 
     def _stalled(self, verdict: str) -> str:
+        folder = self._run_dir.replica(self.name)
         try:
             for rank, stacks in self._watchdog.stacks.items():
-                (self._run_dir.replica(self.name) / f"stacks-rank{rank}.txt").write_text(stacks)
+                (folder / f"stacks-rank{rank}.txt").write_text(stacks)
         except OSError as error:
             return f"{verdict}; no stacks: {error.strerror}"
-        return f"{verdict}; stacks: {self._run_dir.replica(self.name)}/stacks-rank*.txt"
+        return f"{verdict}; stacks: {folder}/stacks-rank*.txt" if self._watchdog.stacks else verdict
 
 
 def mark_of_job(run_dir: RunDir, submission: int) -> str:

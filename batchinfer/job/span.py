@@ -161,6 +161,8 @@ def _look_after(part: Replica, word: Word, span: Span, run_dir: RunDir) -> Repli
     code = part.exit_code()
     if code is None and word.replica == part.name:
         return part
+    if code is None:
+        part.leave_stacks()
     part.kill()
     report = Report(socket.gethostname(), code, part.death(code).reason if code else None)
     replace_bytes(_report_path(run_dir, part.name, span.node), json.dumps(asdict(report)).encode())

@@ -151,7 +151,7 @@ def _namespace() -> int:
 
 def _make(path: Path) -> mmap.mmap:
     with open(path, "w+b") as file:
-        file.truncate(SIZE)
+        os.posix_fallocate(file.fileno(), 0, SIZE)  # where memory is full this is an error, and writing would be SIGBUS
         return mmap.mmap(file.fileno(), SIZE)
 
 

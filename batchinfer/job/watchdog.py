@@ -45,12 +45,14 @@ class Stillness:
         self._timeout_s, self._last = timeout_s, now
         self._watched_s = 0.0
         self._signs: dict[int | None, tuple[object, float]] = {}  # of a rank: its last sign of life, and when it came
+        self.longest_s = 0.0  # that one of them has stood still by now
 
     def look(self, now: float, readings: Sequence[Reading]) -> list[Still] | None:
         """The ranks that do not move, when one of them has not for too long. None: all is well. Empty: no rank ever came up."""
         self._watched_s += min(now - self._last, LONGEST_LOOK_S)
         self._last = now
         still = [Still(reading, self._since(reading.rank, _sign(reading))) for reading in readings]
+        self.longest_s = max((s.seconds for s in still), default=0.0)
         if any(s.seconds >= self._patience(s.reading.phase) for s in still):
             return [s for s in still if s.seconds >= self._timeout_s / 2]
         nobody_s = self._since(None, bool(readings))
@@ -76,7 +78,7 @@ class Watchdog:
 
     def __init__(self, vitals: Vitals, mark: str, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._vitals, self._mark, self._clock = vitals, mark, clock
-        self._stillness = Stillness(timeout_s, clock())
+        self._timeout_s, self._stillness = timeout_s, Stillness(timeout_s, clock())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.verdict: str | None = None
@@ -88,6 +90,12 @@ class Watchdog:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
+
+    def ask(self) -> None:
+        """It is about to be ended because a rank on another node stands still. Those here may do so as well: then, where?"""
+        self.close()
+        if self._stillness.longest_s >= self._timeout_s / 2:
+            self.stacks = gather_stacks(self._vitals, self._mark, self._vitals.read())
 
     def _run(self) -> None:
         while not self._over.wait(LOOK_S):

@@ -86,11 +86,14 @@ def test_a_worker_that_stood_still_loses_quietly(tmp_path: Path) -> None:
     first = start(*command, log=tmp_path / "first")
     wait_for(lambda: committed(run_dir))
     (worker,) = pids_of(run_dir, "-u -m batchinfer.worker")
-    os.kill(worker, signal.SIGSTOP)
+    for pid in (first.pid, worker):  # with its job, as when the host sleeps: so nobody sees it stand still
+        os.kill(pid, signal.SIGSTOP)
     second = start(*command, log=tmp_path / "second")
     wait_for(lambda: committed(run_dir) >= 8, 60)  # far more than the stopped one left free
-    os.kill(worker, signal.SIGCONT)
+    for pid in (first.pid, worker):
+        os.kill(pid, signal.SIGCONT)
     assert [job.wait(timeout=90) for job in (first, second)] == [0, 0], (tmp_path / "first").read_text()
+    assert " died (" not in (tmp_path / "first").read_text()
     assert batchinfer("verify", run_dir).returncode == 0
 
 

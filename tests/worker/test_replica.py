@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from batchinfer.data.reader import UnitReader
 from batchinfer.engine.engine import build_engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
-from batchinfer.job.vitals import Pulse
+from batchinfer.job.vitals import Phase, Pulse
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel
+from batchinfer.worker import sink
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.replica import Assignment, Replica
 from tests.worker.runs import ROWS, TOKENS, make_run
@@ -157,3 +159,39 @@ def test_it_can_be_stopped_while_it_waits_for_others(tmp_path: Path) -> None:
     stopping: list[Replica] = []
     threading.Timer(1.0, lambda: stopping[0].stop()).start()
     assert not work(run_dir, manifest, "a", prepare=stopping.append)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hang: Callable[[threading.Event], None], phase: Phase) -> None:
+    """Whatever a thread beside the loop hangs in, the pulse stops; and goes on with it."""
+    run_dir, manifest = make_run(tmp_path)
+    released, pulses = threading.Event(), []
+    hang(released)
+    finished = threading.Thread(target=lambda: work(run_dir, manifest, "a", prepare=lambda r: pulses.append(r._pulse)))
+    finished.start()
+    beats, still_since = -1, time.monotonic()
+    deadline = time.monotonic() + 30
+    while time.monotonic() - still_since < 1.5:  # more than one look of the source for something to claim
+        assert time.monotonic() < deadline, "it goes on beating"
+        if pulses and pulses[0]._beats != beats:
+            beats, still_since = pulses[0]._beats, time.monotonic()
+        time.sleep(0.02)
+    assert pulses[0].phase is phase
+    released.set()
+    finished.join(30)
+    assert len(rows_of(run_dir)) == ROWS and pulses[0]._beats > beats
+
+
+def test_a_last_commit_that_hangs_is_no_idling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(released: threading.Event) -> None:
+        commit = sink.commit_unit
+        monkeypatch.setattr(sink, "commit_unit", lambda *args: (released.wait(60), commit(*args))[1])
+
+    watched(monkeypatch, tmp_path, hang, Phase.COMMITTING)
+
+
+def test_an_input_that_cannot_be_read_on_is_no_idling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(released: threading.Event) -> None:
+        read = UnitReader.read
+        monkeypatch.setattr(UnitReader, "read", lambda self, unit: (released.wait(60), read(self, unit))[1])
+
+    watched(monkeypatch, tmp_path, hang, Phase.IDLE)
