@@ -28,6 +28,11 @@ class Gain:
     apart: bool = False
     passed: bool = False
 
+    @property
+    def of_rows(self) -> bool:
+        """It is by rows, as far as anybody can tell, and says nothing of the node."""
+        return self.suspected or self.apart
+
 
 def read_attempts(run_dir: RunDir, unit: int, generation: int) -> list[Attempt]:
     """In the order in which they were published."""

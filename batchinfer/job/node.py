@@ -221,9 +221,11 @@ class _Node:
         self.has_stopped |= code == STOPPED
         if code not in (DONE, STOPPED):
             made_progress = replica.has_committed()
+            death = replica.death(code)
+            gain = self._record(death)
             node = node_name() if self.job.nodes == 1 else ""
-            death = replace(replica.death(code), node=node, early=not made_progress)
-            self._died(slot, death, made_progress, self._record(death))
+            early = not (made_progress or gain.of_rows)
+            self._died(slot, replace(death, node=node, early=early), made_progress, gain)
 
     def _record(self, death: Death) -> Gain:
         """Which units may have killed it. Somebody's SIGTERM is none of theirs, nor what the worker lays to its surroundings."""
@@ -239,7 +241,7 @@ class _Node:
     def _may_restart(self, slot: int, made_progress: bool, gain: Gain) -> bool:
         """What dies before it has done anything would only die again, unless it is known better now which rows are the cause."""
         self.barren[slot] = 1 if made_progress or gain.passed else self.barren[slot] + 1
-        if gain.suspected or gain.apart:
+        if gain.of_rows:
             self.restarts[slot] -= gain.suspected and self.restarts[slot] > 0  # for its first death is explained with this one
             return self.barren[slot] <= MOST_BARREN
         self.restarts[slot] += 1

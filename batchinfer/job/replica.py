@@ -47,7 +47,7 @@ class Death:
     log: str
     restarted_as: str | None = None
     node: str = ""  # by SLURM's name; empty when it spanned several
-    early: bool = False  # before it had committed anything
+    early: bool = False  # before it had committed anything, and not by rows
 
     def sentence(self) -> str:
         then = f"restarted as {self.restarted_as}" if self.restarted_as else "not restarted"

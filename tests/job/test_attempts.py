@@ -80,6 +80,8 @@ def test_where_everything_kills_it_is_given_up_and_nobody_condemned(tmp_path: Pa
     run_dir = make_run(tmp_path)
     assert run(tmp_path, run_dir, set(range(ROWS))) == (1, MOST_BARREN + 1)
     assert not find(read_attempts(run_dir, 0, 0), range(ROWS)).condemned
+    deaths = [read_death(run_dir, name) for name in os.listdir(run_dir.replicas)]
+    assert sum(death.early for death in deaths if death) == 1, "by which a node would be left out: rows may be why, after that"
 
 
 def test_a_sigterm_from_outside_is_no_attempt(tmp_path: Path) -> None:

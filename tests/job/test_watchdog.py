@@ -16,7 +16,7 @@ import pytest
 
 from batchinfer.job.process import MARK, marked
 from batchinfer.job.vitals import FOLDER, Phase, Pulse, Reading, Vitals
-from batchinfer.job.watchdog import SLOW_TIMES, Still, Stillness, Watchdog, culprits, innermost
+from batchinfer.job.watchdog import SLOW_TIMES, Still, Stillness, Watchdog, culprits, innermost, kernel_view
 
 TIMEOUT_S = 30.0
 LEADER = Reading(rank=0, beats=7, step=5, phase=Phase.STEPPING, pid=100)
@@ -127,6 +127,25 @@ def test_a_rank_that_stands_still_is_ended_with_its_stacks(vitals: Vitals, tmp_p
     assert watchdog.verdict is not None and watchdog.verdict.startswith("stood still for 1 s: rank 3 in step 4")
     assert ("(stopped by a signal)" in watchdog.verdict) == stopped
     assert "hung.py" in watchdog.stacks[3] and watchdog.stacks[3].count("most recent call first") == 2
+
+
+def test_a_rank_that_another_node_ends_is_asked_where_it_stands(vitals: Vitals, tmp_path: Path) -> None:
+    mark = f"{tmp_path}:"
+    rank = start_rank(vitals, mark, "from tests.job.hung import hang; hang()", 5)
+    watchdog = Watchdog(vitals, mark, timeout_s=3.0)
+    watchdog.start()
+    while watchdog._stillness.longest_s < 1.5:
+        assert rank.poll() is None
+        time.sleep(0.05)
+    watchdog.ask()
+    assert rank.poll() is None and watchdog.verdict is None
+    assert "hung.py" in watchdog.stacks[5]
+    rank.kill()
+    rank.wait()
+
+
+def test_of_who_cannot_tell_the_kernel_does() -> None:
+    assert f"  {os.getpid()} " in kernel_view(os.getpid())
 
 
 def test_nobody_is_killed_who_moves(vitals: Vitals, tmp_path: Path) -> None:
