@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_a_rank_that_stands_still_is_ended_with_its_stacks(vitals: Vitals, tmp_p
     assert rank.wait(timeout=60) == -signal.SIGKILL
     watchdog.close()
     assert not marked(mark)
-    assert watchdog.verdict is not None and watchdog.verdict.startswith("stood still for 1 s: rank 3 in step 4")
+    assert watchdog.verdict is not None and re.match(r"stood still for \d s: rank 3 in step 4", watchdog.verdict)
     assert ("(stopped by a signal)" in watchdog.verdict) == stopped
     assert "hung.py" in watchdog.stacks[3] and watchdog.stacks[3].count("most recent call first") == 2
 
@@ -132,9 +133,9 @@ def test_a_rank_that_stands_still_is_ended_with_its_stacks(vitals: Vitals, tmp_p
 def test_a_rank_that_another_node_ends_is_asked_where_it_stands(vitals: Vitals, tmp_path: Path) -> None:
     mark = f"{tmp_path}:"
     rank = start_rank(vitals, mark, "from tests.job.hung import hang; hang()", 5)
-    watchdog = Watchdog(vitals, mark, timeout_s=3.0)
+    watchdog = Watchdog(vitals, mark, timeout_s=5.0)
     watchdog.start()
-    while watchdog._stillness.longest_s < 1.5:
+    while watchdog._stillness.longest_s < 2.5:
         assert rank.poll() is None
         time.sleep(0.05)
     watchdog.ask()
@@ -150,8 +151,8 @@ def test_of_who_cannot_tell_the_kernel_does() -> None:
 
 def test_nobody_is_killed_who_moves(vitals: Vitals, tmp_path: Path) -> None:
     mark = f"{tmp_path}:"
-    rank = start_rank(vitals, mark, "from tests.job.hung import move; move(seconds=2)", 0)
-    watchdog = Watchdog(vitals, mark, timeout_s=1.0)
+    rank = start_rank(vitals, mark, "from tests.job.hung import move; move(seconds=3)", 0)
+    watchdog = Watchdog(vitals, mark, timeout_s=2.0)
     watchdog.start()
     assert rank.wait(timeout=60) == 0
     watchdog.close()

@@ -78,7 +78,7 @@ def test_a_row_that_kills_becomes_an_error_row(folder: Path, tmp_path: Path, mon
     ("how", "reason", "overrides"),
     [
         ("exit", "SystemExit: 7", ["hw.gpus_per_node=2", "hw.tensor_parallel=1"]),
-        ("hang", "stood still for 4 s: rank 0 in step ", ["engine.stall_timeout_s=4"]),
+        ("hang", " s: rank 0 in step ", ["engine.stall_timeout_s=4"]),
         ("kill", "rank 0 was killed by SIGKILL", ["hw.gpus_per_node=2", "hw.tensor_parallel=2"]),
     ],
 )
