@@ -27,6 +27,15 @@ READING = (Phase.STARTING, Phase.LOADING, Phase.COMMITTING)  # the last waits fo
 AHEAD = 2  # steps by which ranks that wait for each other can be apart
 OWN_FRAME = re.compile(r'^  File "[^"]*/(batchinfer/[^"]+)", line (\d+) in (.+)$', re.MULTILINE)
 THREADS = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
+DOING = {
+    Phase.STARTING: "starting",
+    Phase.LOADING: "loading",
+    Phase.STEPPING: "in step {step}",
+    Phase.IDLE: "waiting for rows after step {step}",
+    Phase.COMMITTING: "waiting for a commit after step {step}",
+    Phase.FOLLOWING: "waiting for a batch after step {step}",
+    Phase.ENDING: "ending",
+}
 ENTRY = {Phase.IDLE: "batchinfer/worker/source.py", Phase.COMMITTING: "batchinfer/worker/sink.py"}  # whom rank 0 waits for
 
 
@@ -162,12 +171,10 @@ def culprits(still: Sequence[Still], states: dict[int, str]) -> list[Still]:
 
 
 def _rank_told(reading: Reading, state: str, stacks: str) -> str:
-    what = (
-        f"step {reading.step}" if reading.phase is Phase.STEPPING else f"{reading.phase.name.lower()} after step {reading.step}"
-    )
     why = {"T": " (stopped by a signal)", "t": " (stopped by a debugger)", "D": " (waits in the kernel)"}.get(state, "")
     place = innermost(stacks, ENTRY.get(reading.phase))
-    return f"rank {reading.rank} in {what}{why}{f' at {place}' if place else ''}"
+    where = DOING[reading.phase].format(step=reading.step)
+    return f"rank {reading.rank} {where}{why}{f' at {place}' if place else ''}"
 
 
 def innermost(stacks: str, entry: str | None = None) -> str | None:

@@ -17,7 +17,7 @@ import pytest
 
 from batchinfer.job.process import MARK, marked
 from batchinfer.job.vitals import FOLDER, Phase, Pulse, Reading, Vitals
-from batchinfer.job.watchdog import SLOW_TIMES, Still, Stillness, Watchdog, culprits, innermost, kernel_view
+from batchinfer.job.watchdog import SLOW_TIMES, Still, Stillness, Watchdog, culprits, innermost, kernel_view, verdict
 
 TIMEOUT_S = 30.0
 LEADER = Reading(rank=0, beats=7, step=5, phase=Phase.STEPPING, pid=100)
@@ -157,6 +157,13 @@ def test_nobody_is_killed_who_moves(vitals: Vitals, tmp_path: Path) -> None:
     assert rank.wait(timeout=60) == 0
     watchdog.close()
     assert watchdog.verdict is None
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_each_phase_has_words(phase: Phase) -> None:
+    still = Still(replace(LEADER, phase=phase), 31.4)
+    assert verdict([still], {0: "D"}, {}).startswith("stood still for 31 s: rank 0 ")
+    assert verdict([], {}, {}) == "no rank came up in time"
 
 
 def test_where_somebody_stands() -> None:
