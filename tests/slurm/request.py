@@ -27,18 +27,24 @@ PATIENCE_S = 200  # of a machine that does much else
 
 def on_slurm(run_dir: Path) -> list[str]:
     """The request as jobs that are called as the folder is, and slowed until `at_full_speed`."""
-    mark = _mark(run_dir)
-    mark.touch()
-    slowed = f"hw.env={{PYTHONPATH: '{SLOWED}', SLOWED_WHILE: '{mark}'}}"
+    _slow(run_dir, 0.1)
+    slowed = f"hw.env={{PYTHONPATH: '{SLOWED}', SLOWED_BY: '{_slowed_by(run_dir)}'}}"
     return [*REQUEST, "launcher=slurm", f"output.dir={run_dir}", f"run_name={run_dir.name}", slowed]
 
 
 def at_full_speed(run_dir: Path) -> None:
     """What was to happen has happened."""
-    _mark(run_dir).unlink(missing_ok=True)
+    _slowed_by(run_dir).unlink(missing_ok=True)
 
 
-def _mark(run_dir: Path) -> Path:
+def _slow(run_dir: Path, step_s: float) -> None:
+    """Each step takes so much longer."""
+    new = run_dir.with_name("slowed.new")
+    new.write_text(str(step_s))
+    new.replace(_slowed_by(run_dir))
+
+
+def _slowed_by(run_dir: Path) -> Path:
     return run_dir.with_name("slowed")
 
 
@@ -55,9 +61,11 @@ def committed(run_dir: Path) -> int:
 
 
 def in_the_middle(run_dir: Path, units: int = 2) -> None:
-    """Waits until work has been committed, while most is left to do."""
+    """Waits until work has been committed, while most is left to do; and leaves time, minutes, for what is to happen."""
+    _slow(run_dir, 0.1)
     eventually(lambda: committed(run_dir) >= units, PATIENCE_S, lambda: logs(run_dir))
     assert not is_complete(run_dir), "the run is over before anything could happen to it"
+    _slow(run_dir, 0.8)
 
 
 def is_complete(run_dir: Path) -> bool:
