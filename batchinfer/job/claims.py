@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import os
+import random
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +53,20 @@ class Identity:
         return same_place and start_time(self.pid) != self.started and not _is_hidden(self.pid)
 
 
+NEVER = -1  # the epoch of a unit that nobody has claimed
+NAMES_PER_CLAIM = 3000  # to list, for each call: a file server answers about as soon as it publishes the claim
+LOOKS = 16  # units in work that a replica with nothing to do looks at in a call
 UNKNOWN = Identity("", "", 0, 0, "", "")  # holder of a claim file that something else has damaged
 
 
 class ClaimBoard:
-    """One replica's view of the claims of a run. Remembers what cannot change: done units, who wrote a claim file."""
+    """One replica's view of the claims of a run. Remembers what cannot change: done units, who wrote a claim file.
+
+    A view may be old, because listing folders of as many names as a run has units, for each of them, would be quadratic: what a
+    call of `claim` costs does not grow with the run. It lists as often as makes `NAMES_PER_CLAIM` names a call, which in a run of
+    up to a thousand units is always. In between it asks for single names: the next free unit is found by doubling and halving,
+    since units are taken in order, and a bounded number of units in work is looked at.
+    """
 
     def __init__(
         self,
@@ -69,28 +82,30 @@ class ClaimBoard:
         when their holder is lost: they may be why, and the sooner that is known the better."""
         self._run_dir, self._identity = run_dir, identity
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
-        self._pending = list(range(num_units))
-        self._goals = dict.fromkeys(self._pending, 0) | dict(goals or {})
-        self._doubtful = frozenset(doubtful)
-        self._epochs: dict[int, int] = {}  # highest epoch of every unit that was ever claimed
-        self._held: dict[int, int] = {}  # unit -> epoch of our claim
+        self._goals, self._doubtful = dict(goals or {}), sorted(doubtful)
+        self._dice = random.Random(identity.replica)
+        # Four bytes a unit: there may be many units, and many boards in one test.
+        self._pending = array("i", range(num_units))
+        self._epochs = array("i", [NEVER]) * num_units  # the highest of every unit that we know of
+        self._candidates = array("i")  # pending units that were free, or may have been, when they were last seen; in order
+        self._turn = self._dice.randrange(max(1, num_units))  # where in `_pending` to look next
+        self._calls_left = 0.0  # of `claim` until the next listing
+        self._held: dict[int, int] = {}  # unit -> epoch of our claim; another thread may ask for it at any time
         self._holders: dict[tuple[int, int], Identity | None] = {}  # (unit, epoch) -> who; None: given back
         self._beats: dict[str, tuple[int | None, float]] = {}  # replica -> heartbeat, and our clock when we first saw it
 
     def claim(self) -> int | None:
         """A unit that nobody holds and nobody has done, lowest number first; then those of lost holders (doubtful ones before
-        all). None: nothing now.
-
-        Costs one listing of completions/ and one of claims/, and reads each claim file at most once.
-        """
-        self._list_claims()
-        self._list_completions()
-        for find in (self._lost_doubtful_units, self._free_units, self._lost_units):
-            for unit in find():
-                in_work = unit in self._held  # taken from us when we stood still, and lost again since: renewed, not begun anew
-                if self._take(unit) and not in_work:
-                    return unit
-        return None
+        all). None: nothing now. Reads each claim file at most once."""
+        self._calls_left -= 1
+        seen = self._list() if self._calls_left <= 0 else None
+        unit = self._claim_lost(self._doubtful)
+        if unit is None:
+            unit = self._claim_free()
+        if unit is None and seen is None:
+            seen = self._look_around()
+            unit = self._claim_free()
+        return self._claim_lost(seen or ()) if unit is None else unit
 
     def release(self, unit: int) -> None:
         """Give an unfinished unit back. Does nothing when somebody took it over, or when it is not ours."""
@@ -104,66 +119,128 @@ class ClaimBoard:
 
     def holds(self, unit: int) -> bool:
         """Whether our claim still stands. Asks the file system."""
-        return unit in self._held and not self._run_dir.claim(unit, self._held[unit] + 1).exists()
+        epoch = self._held.get(unit)
+        return epoch is not None and not self._run_dir.claim(unit, epoch + 1).exists()
 
     def held(self) -> list[int]:
         """Our claims that still stand, on units that are not done."""
-        self._list_completions()
-        return [unit for unit in self._pending if self.holds(unit)]
+        for unit in filter(self._is_done, list(self._held)):
+            self._held.pop(unit, None)
+        return list(filter(self.holds, list(self._held)))
 
     def finished(self) -> bool:
-        return not self.pending()
+        """Whether no unit is left, as far as the last `claim` could see."""
+        return not self._pending
 
     def pending(self) -> list[int]:
         """Units that are not done, whoever holds them."""
-        if self._pending:
-            self._list_completions()
-        return list(self._pending)
+        self._list()
+        return self._pending.tolist()
 
-    def _list_completions(self) -> None:
-        done = self._run_dir.done_units()
-        self._pending = [unit for unit in self._pending if done.get(unit, -1) < self._goals[unit]]
-        self._held = {unit: epoch for unit, epoch in self._held.items() if done.get(unit, -1) < self._goals[unit]}
+    def _list(self) -> array[int]:
+        """See everything: a listing of each folder. Returns what is not done."""
+        names = os.listdir(self._run_dir.claims)
+        for parsed in filter(None, map(parse_claim, names)):
+            if parsed[0] < len(self._epochs):
+                self._epochs[parsed[0]] = max(parsed[1], self._epochs[parsed[0]])
+        generations = self._run_dir.done_units()
+        done = {unit for unit, generation in generations.items() if generation >= self._goal(unit)}
+        self._pending = array("i", itertools.filterfalse(done.__contains__, self._pending))
+        self._doubtful = [unit for unit in self._doubtful if unit not in done]
+        for unit in done.intersection(list(self._held)):
+            self._held.pop(unit, None)
+        self._candidates = array("i", filter(self._may_be_free, self._pending))
+        # Drawn, so that replicas which start together do not list together. A unit that nobody has claimed costs us time too.
+        self._calls_left = self._dice.uniform(0.5, 1.5) * max(len(names) + len(generations), len(self._epochs)) / NAMES_PER_CLAIM
+        return self._pending
 
-    def _list_claims(self) -> None:
-        for name in os.listdir(self._run_dir.claims):
-            parsed = parse_claim(name)
-            if parsed is not None:
-                self._epochs[parsed[0]] = max(parsed[1], self._epochs.get(parsed[0], 0))
+    def _look_around(self) -> array[int]:
+        """See a few of the units that are not done, others each time. Returns those of them that still are not."""
+        first, count = self._turn, len(self._pending)
+        looked_at = [self._pending[(first + i) % count] for i in range(min(LOOKS, count))]
+        done = set(filter(self._is_done, looked_at))
+        if done:
+            self._pending = array("i", itertools.filterfalse(done.__contains__, self._pending))
+        if self._pending and len(done) == len(looked_at):
+            return self._list()  # most is done by now, so it is worth it
+        left = array("i", itertools.filterfalse(done.__contains__, looked_at))
+        self._turn = (first + len(left)) % max(1, len(self._pending))
+        for unit in left:
+            while self._run_dir.claim(unit, self._epochs[unit] + 1).exists():
+                self._epochs[unit] += 1
+        self._candidates = array("i", filter(self._may_be_free, left))
+        return left
 
-    def _free_units(self) -> Iterator[int]:
-        """Never claimed, given back, or claimed for a generation before. Where there was none, epoch 0 is neither, so a long list
-        of first claims is not read at all."""
-        for unit in self._pending:
-            epoch = self._epochs.get(unit)
-            if epoch is None or (epoch + self._goals[unit] > 0 and self._holder(unit, epoch) is None):
-                yield unit
+    def _goal(self, unit: int) -> int:
+        return self._goals.get(unit, 0)
 
-    def _lost_doubtful_units(self) -> Iterator[int]:
-        return self._lost(unit for unit in self._pending if unit in self._doubtful and unit in self._epochs)
+    def _is_done(self, unit: int) -> bool:
+        return self._run_dir.completion(unit, self._goal(unit)).exists()
 
-    def _lost_units(self) -> Iterator[int]:
-        return self._lost(self._pending)
+    def _may_be_free(self, unit: int) -> bool:
+        """Never claimed, or perhaps given back, or claimed for a generation before. In generation 0, epoch 0 is neither, so a
+        long list of first claims is not read at all."""
+        epoch = self._epochs[unit]
+        return epoch == NEVER or (epoch + self._goal(unit) > 0 and self._holders.get((unit, epoch)) is None)
 
-    def _lost(self, units: Iterable[int]) -> Iterator[int]:
+    def _claim_free(self) -> int | None:
+        losses = 0
+        while self._skip_taken():
+            # Who was beaten to a unit leaves more and more room to the others who are after the first one.
+            unit = self._candidates.pop(self._dice.randrange(min(1 << losses, len(self._candidates))))
+            epoch = self._epochs[unit]
+            if epoch != NEVER and (self._holder(unit, epoch) is not None or self._is_done(unit)):
+                continue
+            if self._claim(unit):
+                return unit
+            losses += unit not in self._held
+        return None
+
+    def _skip_taken(self) -> bool:
+        """Drop the candidates before the first one that nobody has taken. Whether there is one.
+
+        Few are out of order, and whoever lists next sees them: so the first free one is sought as the end of a sequence of
+        unknown length, in twice its logarithm of looks (Bentley and Yao 1976, An almost optimal algorithm for unbounded
+        searching).
+        """
+        low, high, count = 0, 1, len(self._candidates)
+        while high <= count and self._is_taken(self._candidates[high - 1]):
+            low, high = high, 2 * high
+        free = bisect_left(self._candidates, True, low, min(high - 1, count), key=lambda unit: not self._is_taken(unit))
+        del self._candidates[:free]
+        return bool(self._candidates)
+
+    def _is_taken(self, unit: int) -> bool:
+        """Whether somebody has claimed it since we saw it."""
+        return self._run_dir.claim(unit, self._epochs[unit] + 1).exists()
+
+    def _claim_lost(self, units: Iterable[int]) -> int | None:
         lost: dict[str, bool] = {}  # by replica, so that each heartbeat is read once
         for unit in units:
-            if unit in self._held and self._held[unit] == self._epochs[unit]:
+            epoch = self._epochs[unit]
+            if epoch == NEVER or self._held.get(unit) == epoch:
                 continue
-            holder = self._holder(unit, self._epochs[unit])
+            holder = self._holder(unit, epoch)
             if holder is None:  # given back, and another replica was faster to take it
                 continue
             if holder.replica not in lost:
                 lost[holder.replica] = self._is_lost(holder)
             # What a dead process had committed is visible by now, and may be newer than our listing.
-            if lost[holder.replica] and not self._run_dir.completion(unit, self._goals[unit]).exists():
-                yield unit
+            if lost[holder.replica] and not self._is_done(unit) and self._claim(unit):
+                return unit
+        return None
+
+    def _claim(self, unit: int) -> bool:
+        """True: it is to be begun. What was taken from us when we stood still, and was lost again since, is renewed, not begun
+        anew."""
+        in_work = unit in self._held
+        return self._take(unit) and not in_work
 
     def _take(self, unit: int) -> bool:
-        epoch = self._epochs.get(unit, -1) + 1
+        epoch = self._epochs[unit] + 1
         path = self._run_dir.claim(unit, epoch)
         # Looking first spares the losers of a rush at the start a written and synced file for each loss.
-        won = not path.exists() and publish_bytes(path, _claim_json(self._identity, self._goals[unit])) is Published.WON
+        won = not path.exists() and publish_bytes(path, _claim_json(self._identity, self._goal(unit))) is Published.WON
         self._epochs[unit] = epoch
         if won:
             self._held[unit] = epoch
@@ -178,7 +255,7 @@ class ClaimBoard:
         path = self._run_dir.claim(unit, epoch)
         try:
             raw = json.loads(path.read_bytes())
-            is_over = raw["holder"] is None or raw["generation"] < self._goals[unit]
+            is_over = raw["holder"] is None or raw["generation"] < self._goal(unit)
             return None if is_over else Identity(**raw["holder"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s is damaged: claims are published whole; the unit is taken over", path)

@@ -1,7 +1,8 @@
-"""Several workers on the same units, killed and frozen at random until the run is done. usage: race.py FOLDER SEED UNITS
+"""Several workers on the same units, killed and frozen at random until the run is done. usage: race.py FOLDER SEED UNITS NAMES
 
 Half of the workers say that they are on another host, so that only their heartbeat speaks for them; a worker frozen for
-longer than the time-out wakes up as a second worker on a unit that was taken from it. Prints what happened.
+longer than the time-out wakes up as a second worker on a unit that was taken from it. NAMES a claim are listed: few, as if the
+run were large. Prints what happened.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.data.reader import scan_shards
 from batchinfer.data.schema import RowRange
+from batchinfer.job import claims
 from batchinfer.job.claims import Identity
 from batchinfer.job.manifest import Manifest, request_of
 from batchinfer.job.rundir import RunDir
@@ -121,4 +123,5 @@ def race(folder: Path, seed: int, units: int) -> Counter[str]:
 
 if __name__ == "__main__":
     driver.manifest_module.git_commit = lambda: None
+    claims.NAMES_PER_CLAIM = int(sys.argv[4])
     print(json.dumps(race(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

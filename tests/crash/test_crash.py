@@ -23,6 +23,8 @@ LEAST_KILLS = {
     "small_files": 28,
 }
 
+NAMES = (3000, 3)  # that a claim may list: as in a small run, and as in a large one
+
 
 def run_script(name: str, *arguments: object) -> dict[str, int]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -39,13 +41,15 @@ def test_killed_before_every_call(tmp_path: Path, scenario: str) -> None:
     assert run_script("driver.py", scenario, tmp_path)["kills"] >= LEAST_KILLS[scenario]
 
 
-def test_workers_racing_under_random_kills(tmp_path: Path) -> None:
-    happened = run_script("race.py", tmp_path, 1, 200)
+@pytest.mark.parametrize("names", NAMES)
+def test_workers_racing_under_random_kills(tmp_path: Path, names: int) -> None:
+    happened = run_script("race.py", tmp_path, 1, 150, names)
     assert happened["kills"] and happened["freezes"] and happened["later_claims"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("seed", range(2, 22))
-def test_workers_racing_under_random_kills_for_long(tmp_path: Path, seed: int) -> None:
-    happened = run_script("race.py", tmp_path, seed, 300)
+def test_workers_racing_under_random_kills_for_long(tmp_path: Path, seed: int, names: int) -> None:
+    happened = run_script("race.py", tmp_path, seed, 300, names)
     assert happened["kills"] and happened["freezes"] and happened["later_claims"]
