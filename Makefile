@@ -13,9 +13,10 @@ INSTALLED := $(VENV)/.installed
 demo: install
 	$(BIN)/python -m batchinfer
 
-# As many processes as cores, of one thread each: threads of several processes would fight for the cores.
+# A process more than there are cores, since some tests wait for SLURM; of one thread each: threads of several processes would
+# fight for the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal $(PYTEST_FLAGS)
 
 lint: install
 	$(BIN)/ruff check .
