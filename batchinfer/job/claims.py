@@ -90,6 +90,7 @@ class ClaimBoard:
         self._candidates = array("i")  # pending units that were free, or may have been, when they were last seen; in order
         self._turn = self._dice.randrange(max(1, num_units))  # where in `_pending` to look next
         self._calls_left = 0.0  # of `claim` until the next listing
+        self._spread = 1.0  # among so many of the first free units we choose one by chance
         self._held: dict[int, int] = {}  # unit -> epoch of our claim; another thread may ask for it at any time
         self._holders: dict[tuple[int, int], Identity | None] = {}  # (unit, epoch) -> who; None: given back
         self._beats: dict[str, tuple[int | None, float]] = {}  # replica -> heartbeat, and our clock when we first saw it
@@ -184,16 +185,18 @@ class ClaimBoard:
         return epoch == NEVER or (epoch + self._goal(unit) > 0 and self._holders.get((unit, epoch)) is None)
 
     def _claim_free(self) -> int | None:
-        losses = 0
         while self._skip_taken():
-            # Who was beaten to a unit leaves more and more room to the others who are after the first one.
-            unit = self._candidates.pop(self._dice.randrange(min(1 << losses, len(self._candidates))))
+            count = len(self._candidates)
+            place = self._dice.randrange(min(int(self._spread), 1 + count // 8))  # the last units stay the last ones
+            if place and self._is_taken(self._candidates[place]):
+                del self._candidates[place]
+                place = 0
+            unit = self._candidates.pop(place)
             epoch = self._epochs[unit]
             if epoch != NEVER and (self._holder(unit, epoch) is not None or self._is_done(unit)):
                 continue
-            if self._claim(unit):
+            if self._take(unit):
                 return unit
-            losses += unit not in self._held
         return None
 
     def _skip_taken(self) -> bool:
@@ -225,26 +228,24 @@ class ClaimBoard:
                 continue
             if holder.replica not in lost:
                 lost[holder.replica] = self._is_lost(holder)
-            # What a dead process had committed is visible by now, and may be newer than our listing.
-            if lost[holder.replica] and not self._is_done(unit) and self._claim(unit):
+            # What a dead process had committed is visible by now, and may be newer than our listing. Looking for another claim
+            # first spares the losers of a rush a written and synced file.
+            if lost[holder.replica] and not self._is_done(unit) and not self._is_taken(unit) and self._take(unit):
                 return unit
         return None
 
-    def _claim(self, unit: int) -> bool:
-        """True: it is to be begun. What was taken from us when we stood still, and was lost again since, is renewed, not begun
-        anew."""
-        in_work = unit in self._held
-        return self._take(unit) and not in_work
-
     def _take(self, unit: int) -> bool:
-        epoch = self._epochs[unit] + 1
-        path = self._run_dir.claim(unit, epoch)
-        # Looking first spares the losers of a rush at the start a written and synced file for each loss.
-        won = not path.exists() and publish_bytes(path, _claim_json(self._identity, self._goal(unit))) is Published.WON
-        self._epochs[unit] = epoch
-        if won:
-            self._held[unit] = epoch
-        return won
+        """True: it is to be begun. What was taken from us when we stood still, and lost or given back since, is renewed, not
+        begun anew. Whoever is beaten to a unit leaves room from now on to the others who are after the first free one."""
+        in_work = unit in self._held
+        self._epochs[unit] += 1
+        path = self._run_dir.claim(unit, self._epochs[unit])
+        if publish_bytes(path, _claim_json(self._identity, self._goal(unit))) is Published.LOST:
+            self._spread *= 4
+            return False
+        self._spread = max(1.0, 0.9 * self._spread)
+        self._held[unit] = self._epochs[unit]
+        return not in_work
 
     def _holder(self, unit: int, epoch: int) -> Identity | None:
         if (unit, epoch) not in self._holders:

@@ -21,7 +21,7 @@ from batchinfer.publish import probe, replace_bytes
 FOLDERS = ("claims", "completions", "superseded", "partials", "attempts", "stats", "replicas", "submissions")
 TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}\.tmp")  # as publish.temporary names them
 T = TypeVar("T")
-NUMBERED = re.compile(r"(\d{6,})\.(\d+)\.(json|parquet)")
+NUMBERED = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.(0|[1-9][0-9]*)\.(json|parquet)")  # each pair of numbers has one name
 
 
 @dataclass(frozen=True)
@@ -236,10 +236,7 @@ def parse_attempt(name: str) -> tuple[int, int] | None:
 
 def _parse(name: str, suffix: str) -> tuple[int, int] | None:
     match = NUMBERED.fullmatch(name)
-    if match is None:
-        return None
-    unit, number = int(match[1]), int(match[2])
-    return (unit, number) if name == f"{unit:06d}.{number}.{suffix}" else None
+    return (int(match[1]), int(match[2])) if match is not None and match[3] == suffix else None
 
 
 def _mkdir(path: Path) -> bool:

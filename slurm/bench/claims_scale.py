@@ -6,8 +6,9 @@
 Every call that would reach a file server is counted, and takes `--latency-ms` longer: a listing one round trip for each
 thousand names. A unit is work for `--unit-s`, give or take a half, and its commit is an empty file. Some replicas die with
 their claims (`--deaths` of them, at random moments; nobody sees more than their silence), as many give a unit back for which
-they have no time. Prints operations for each unit, how long a claim takes, how evenly the units fell, how many were worked
-on twice, and how long the last ones took.
+they have no time. Prints operations for each claim, and for each look of a replica that finds nothing to do, how long a claim
+takes, how evenly the units fell, how many were worked on twice, and how long the last ones took. One process does it all, so
+its processor makes everything later than on as many nodes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ class Server:
     def __init__(self, latency_s: float):
         self.latency_s = latency_s
         self._thread = threading.local()
-        self._counts: list[Counter[str]] = []
         for name in OPERATIONS:
             setattr(os, name, self._watched(name, getattr(os, name)))
 
@@ -61,16 +61,13 @@ class Server:
 
         return watched
 
-    def count(self) -> None:
-        """From here on, on this thread."""
-        self._thread.counts = Counter()
-        self._counts.append(self._thread.counts)
+    def count(self) -> Counter[str]:
+        """What follows, on this thread, until `rest`."""
+        self._thread.counts = counts = Counter()
+        return counts
 
     def rest(self) -> None:
         self._thread.counts = None
-
-    def total(self) -> Counter[str]:
-        return sum(self._counts, Counter())
 
 
 class SimulatedReplica(threading.Thread):
@@ -85,6 +82,7 @@ class SimulatedReplica(threading.Thread):
         self._returns = self._dice.randrange(int(mean_units)) if options.replicas - number <= options.deaths else None
         self.done: list[int] = []
         self.claim_s: list[float] = []
+        self.claims, self.looks = Counter[str](), Counter[str]()  # what they cost: of operations, and of calls
         self.idle_since: float | None = None
         self.committed = 0.0
         run_dir.replica(self.name).mkdir()
@@ -103,10 +101,11 @@ class SimulatedReplica(threading.Thread):
             stopped.set()
 
     def _claim(self) -> int | None:
-        start = time.monotonic()
-        self._server.count()
+        start, counts = time.monotonic(), self._server.count()
         unit = self.board.claim()
         self._server.rest()
+        counts["calls"] += 1
+        (self.looks if unit is None else self.claims).update(counts)
         if unit is not None:
             self.claim_s.append(time.monotonic() - start)
         return unit
@@ -147,14 +146,13 @@ def simulate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     alive = [each for each in replicas if each._dies_after is None]
     claims_s = sorted(second for each in replicas for second in each.claim_s)
     units = sorted(len(each.done) for each in alive)
-    total, end = server.total(), max(each.committed for each in replicas)
+    end = max(each.committed for each in replicas)
     return {
         "replicas": options.replicas,
         "units": options.units,
         "latency_ms": options.latency_ms,
-        "operations a unit": round(sum(total[name] for name in OPERATIONS if name != "write") / options.units, 1),
-        "by kind": {name: round(total[name] / options.units, 2) for name in OPERATIONS},
-        "names listed a unit": round(total["names"] / options.units),
+        "a claim": mean([each.claims for each in replicas]),
+        "a look without a claim": mean([each.looks for each in replicas]),
         "claim_s (median, 99 %)": [round(statistics.median(claims_s), 4), round(claims_s[len(claims_s) * 99 // 100], 3)],
         "units a replica (least, median, most)": [units[0], statistics.median(units), units[-1]],
         "worked on twice": sum(worked_on.values()) - options.units,
@@ -163,6 +161,14 @@ def simulate(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "wall_s": round(end - start, 1),
         "cpu_s": round(time.process_time(), 1),
     }
+
+
+def mean(counts: list[Counter[str]]) -> dict[str, float]:
+    """Of a call: operations that a server sees, all and by kind, and names that it lists."""
+    total = sum(counts, Counter())
+    each = {name: total[name] / total["calls"] for name in (*OPERATIONS, "names")}
+    every = sum(each[name] for name in OPERATIONS if name != "write")  # which goes with the fsync
+    return {name: round(value, 2) for name, value in {"calls": total["calls"], "operations": every, **each}.items()}
 
 
 def main() -> None:
