@@ -197,7 +197,8 @@ class _Cursor:
         self.signature = _signature(path)
         require_unchanged(path, shard)
         self.columns = list(columns)
-        self.file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        # Without it, damaged bytes that still decode would be read as other prompts. Only some writers leave checksums.
+        self.file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         counts = (self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups))
         self.group_starts = list(itertools.accumulate(counts, initial=0))
         self.position = 0

@@ -328,3 +328,12 @@ class TestUnitReader:
         path.write_bytes(data)
         with pytest.raises(RuntimeError, match=r"a\.parquet': rows 1,000 to 1,009 cannot be read"):
             UnitReader(found.root, found.shards, ["p", "n"]).read((RowRange(0, 1000, 1010),))
+
+    def test_a_flipped_bit_is_found_where_pages_have_checksums(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"prompt": ["dear reader"]}), path, compression="none", write_page_checksum=True)
+        inputs = scan_shards([str(path)])
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"dear", b"deaf", 1))
+        with pytest.raises(RuntimeError, match=r"a\.parquet.*CRC"):
+            UnitReader(inputs.root, inputs.shards, ["prompt"]).read((RowRange(0, 0, 1),))
