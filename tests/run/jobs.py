@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[2]
+Key = tuple[str, int, int]  # shard, row, sample
 
 
 def environment() -> dict[str, str]:
@@ -84,11 +85,17 @@ def completions(run_dir: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in files])
 
 
-def texts(run_dir: Path) -> dict[tuple[str, int, int], tuple[object, ...]]:
-    """Row key -> what must not depend on how the run went. Fails on a row that is there twice."""
+def rows(run_dir: Path) -> list[tuple[Key, tuple[object, ...]]]:
+    """Of every committed row its key, and what must not depend on how the run went."""
     table = completions(run_dir)
     columns = ["shard", "row", "sample", "completion", "token_ids", "finish_reason", "error", "num_prompt_tokens"]
-    rows = table.select([name for name in columns if name in table.column_names]).to_pylist()
-    result = {(row["shard"], row["row"], row["sample"]): tuple(map(repr, row.values())) for row in rows}
-    assert len(result) == len(rows), "a row was committed twice"
+    found = table.select([name for name in columns if name in table.column_names]).to_pylist()
+    return [((row["shard"], row["row"], row["sample"]), tuple(map(repr, row.values()))) for row in found]
+
+
+def texts(run_dir: Path) -> dict[Key, tuple[object, ...]]:
+    """The same by key. Fails on a row that is there twice."""
+    found = rows(run_dir)
+    result = dict(found)
+    assert len(result) == len(found), "a row was committed twice"
     return result
