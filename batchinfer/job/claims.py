@@ -144,32 +144,41 @@ class ClaimBoard:
         for parsed in filter(None, map(parse_claim, names)):
             if parsed[0] < len(self._epochs):
                 self._epochs[parsed[0]] = max(parsed[1], self._epochs[parsed[0]])
+        num_done = self._list_completions()
+        self._candidates = array("i", filter(self._may_be_free, self._pending))
+        # Drawn, so that replicas which start together do not list together. A unit that nobody has claimed costs us time too.
+        self._calls_left = self._dice.uniform(0.5, 1.5) * max(len(names) + num_done, len(self._epochs)) / NAMES_PER_CLAIM
+        return self._pending
+
+    def _list_completions(self) -> int:
         generations = self._run_dir.done_units()
         done = {unit for unit, generation in generations.items() if generation >= self._goal(unit)}
         self._pending = array("i", itertools.filterfalse(done.__contains__, self._pending))
         self._doubtful = [unit for unit in self._doubtful if unit not in done]
         for unit in done.intersection(list(self._held)):
             self._held.pop(unit, None)
-        self._candidates = array("i", filter(self._may_be_free, self._pending))
-        # Drawn, so that replicas which start together do not list together. A unit that nobody has claimed costs us time too.
-        self._calls_left = self._dice.uniform(0.5, 1.5) * max(len(names) + len(generations), len(self._epochs)) / NAMES_PER_CLAIM
-        return self._pending
+        return len(generations)
 
     def _look_around(self) -> array[int]:
         """See a few of the units that are not done, others each time. Returns those of them that still are not."""
+        left = self._look_at_some()
+        if self._pending and not left:
+            self._list_completions()  # most is done by now, so it is worth it
+            left = self._look_at_some()
+        self._candidates = array("i", filter(self._may_be_free, left))
+        return left
+
+    def _look_at_some(self) -> array[int]:
         first, count = self._turn, len(self._pending)
         looked_at = [self._pending[(first + i) % count] for i in range(min(LOOKS, count))]
         done = set(filter(self._is_done, looked_at))
         if done:
             self._pending = array("i", itertools.filterfalse(done.__contains__, self._pending))
-        if self._pending and len(done) == len(looked_at):
-            return self._list()  # most is done by now, so it is worth it
         left = array("i", itertools.filterfalse(done.__contains__, looked_at))
         self._turn = (first + len(left)) % max(1, len(self._pending))
         for unit in left:
             while self._run_dir.claim(unit, self._epochs[unit] + 1).exists():
                 self._epochs[unit] += 1
-        self._candidates = array("i", filter(self._may_be_free, left))
         return left
 
     def _goal(self, unit: int) -> int:
