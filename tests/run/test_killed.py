@@ -64,10 +64,6 @@ def survive(run_dir: Path, seed: int, kills: int, undisturbed: tuple[dict, float
     assert not wait_until_gone(run_dir, 30), "a process outlived its run"
 
 
-def test_killed_many_times_is_never_killed(undisturbed: tuple[dict, float], tmp_path: Path) -> None:
-    survive(tmp_path / "run", 1, 3, undisturbed)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_kill_campaign(undisturbed: tuple[dict, float], tmp_path: Path, seed: int) -> None:

@@ -15,6 +15,7 @@ from slurm.bench import original_table
 CPU = ["hw=cpu", "hw.cpus_per_gpu=1"]
 
 
+@pytest.mark.slow
 def test_the_original_table_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--lengths", "16", "4", "--steps", "1", "--out", str(tmp_path), *CPU, "hw.gpus_per_node=2", "model=tiny"]
     assert original_table.main(words) == 0
