@@ -5,20 +5,23 @@ Everything here is known from the config, Parquet footers and a few hundred samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchinfer.config import Config, ConfigError, HardwareConfig
+from batchinfer.config import Config, ConfigError, HardwareConfig, ModelConfig, show
 from batchinfer.data.prompts import check_columns
 from batchinfer.data.reader import InputSet, scan_shards
 from batchinfer.data.schema import RowRange, Shard, Unit
 from batchinfer.job.demand import Sampled, prompt_builder, sample_input
 from batchinfer.job.layout import Layout, choose, layouts, resolve_gpu
 from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.room import check_room
 from batchinfer.job.rundir import RunDir
 from batchinfer.memory import MemoryPlan, max_model_len
+from batchinfer.model.checkpoint import check_files
 from batchinfer.model.config import ModelShape, load_shape, resolve_dtype
 from batchinfer.prediction import Demand
 
@@ -143,24 +146,37 @@ def make_plan(config: Config, sample: bool = False) -> Plan:
     columns = check_columns(inputs.schema, config)
     units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit)
     sampled = None
-    if sample or resolve_gpu(config.hw).gpu is not None:
-        sampled = sample_input(config, load_shape(config.model), inputs, units)
-    return Plan(config, inputs, columns, units, sampled, fit(config, sampled.demand if sampled else None))
+    with _readable(config.model.path):
+        if sample or resolve_gpu(config.hw).gpu is not None:
+            sampled = sample_input(config, load_shape(config.model), inputs, units)
+        return Plan(config, inputs, columns, units, sampled, fit(config, sampled.demand if sampled else None))
+
+
+@contextlib.contextmanager
+def _readable(model: str | None) -> Iterator[None]:
+    """A file of the checkpoint that is there and cannot be read is the request's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if model is None or not str(error.filename).startswith(model):
+            raise
+        cannot = f"cannot read {error.filename} ({error.strerror})"
+        raise ConfigError(f"{show('model.path', model)}: {cannot}; it must be a checkpoint folder that you may read") from error
 
 
 def freeze(plan: Plan) -> RunDir:
     """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another.
 
-    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates, the format of the weights.
+    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates, the files of the weights, and
+    whether the output folder can be written and has room.
     """
     config = _with_dtype(plan.config, _require_fit(plan.fitted))
-    prompt_builder(config, plan.fitted.shape)
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
-    request = request_of(config, plan.inputs.shards, plan.inputs.schema)
-    if config.model.load_format == "safetensors" and request["model.weights_headers"] is None:
-        raise ConfigError(
-            f"model.path={config.model.path}: holds no *.safetensors file, and weights of no other format can be loaded"
-        )
+    with _readable(config.model.path):
+        prompt_builder(config, plan.fitted.shape)
+        request = request_of(config, plan.inputs.shards, plan.inputs.schema)
+        _check_weights(config.model, request)
+    check_room(run_dir.root)
     if run_dir.manifest_json.exists():
         manifest = Manifest.load(run_dir)
         _same_units(config, manifest)
@@ -168,6 +184,14 @@ def freeze(plan: Plan) -> RunDir:
     else:
         Manifest.create(run_dir, config, plan.inputs, plan.columns, plan.units, request)
     return run_dir
+
+
+def _check_weights(model: ModelConfig, request: dict[str, Any]) -> None:
+    if model.load_format != "safetensors":
+        return
+    if request["model.weights_headers"] is None:
+        raise ConfigError(f"model.path={model.path}: holds no *.safetensors file, and weights of no other format can be loaded")
+    check_files(Path(str(model.path)))
 
 
 def _same_units(config: Config, manifest: Manifest) -> None:
