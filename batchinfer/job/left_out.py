@@ -7,6 +7,7 @@ from the start. Where nothing works on any other node, the request is at fault a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from batchinfer.job.replica import Death, read_death, read_progress
 from batchinfer.job.rundir import RunDir
 
 DEATHS = 2  # before a first commit, of replicas on one node in one submission
-AT_WORK = ("loading", "running", "waiting", "done")
+AT_WORK = ("loading", "running", "waiting", "done", "stopped")
 
 # In one shell that no signal ends: SLURM sends SIGTERM to all processes of a job that it puts back. Until it runs again it is
 # pending, and may be given other nodes; the list is set whole.
@@ -54,6 +55,19 @@ def requeue_elsewhere(run_dir: RunDir, submission: int) -> bool:
     where = f"without {', '.join(nodes)}" if nodes else "for another try"
     print(f"replicas died on {node_name()} that work elsewhere; back into the queue {where}", file=sys.stderr, flush=True)
     return subprocess.run(["sh", "-c", REQUEUE, "requeue", job, exclude]).returncode == 0
+
+
+def cancel_others(running_too: bool) -> None:
+    """Take the other jobs of this one's array out of SLURM's queue; `running_too`: those at work end as well."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is None:
+        return
+    with contextlib.suppress(FileNotFoundError):  # inside a container: they see for themselves when they start
+        subprocess.run(["scancel", "--state=PENDING", array], check=False)
+        if running_too:
+            running = subprocess.run(["squeue", "-h", "-r", "-j", array, "-o", "%i"], capture_output=True, text=True).stdout
+            if others := [job for job in running.split() if job != _job_id()]:
+                subprocess.run(["scancel", *others], check=False)
 
 
 def _job_id() -> str:

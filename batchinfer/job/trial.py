@@ -1,0 +1,80 @@
+"""A death that would come again on every try, before its judge: is the request at fault, or this node?
+
+It is the node where the same submission works anywhere else: then the job goes on elsewhere (`job.left_out`). Jobs of an array
+begin together, so the judge waits while others are still on their way to where it shows. What is full is full for all.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from batchinfer.job.failure import Cause, Failure, cannot_write
+from batchinfer.job.left_out import node_name
+from batchinfer.job.replica import FULL, HOPELESS, Death, read_death, read_progress
+from batchinfer.job.room import no_space, write_error
+from batchinfer.job.rundir import RunDir
+
+PATIENCE_S = 30.0  # for replicas that are starting or loading; who still is one by then counts as working
+LOOK_S = 0.5
+OPEN = ("starting", "loading", "failed")  # the last: its job is about to say what comes of it
+WORKED = ("running", "waiting", "done", "stopped")
+
+
+def examined(run_dir: RunDir, death: Death) -> Death:
+    """Where the run cannot be written any more, that is why, even if the log had no space to say so."""
+    if death.exit_code <= 0 or death.exit_code == FULL or (error := write_error(run_dir.root)) is None:
+        return death
+    return replace(death, exit_code=FULL if no_space(error) else HOPELESS, reason=cannot_write(run_dir, error))
+
+
+def failure_of(deaths: Sequence[Death]) -> Failure:
+    """What they come to for the submission."""
+    death = next((death for death in deaths if death.exit_code == FULL), deaths[0])
+    cause = Cause.DISK if death.exit_code == FULL else Cause.REQUEST
+    return Failure(death.reason, cause, death.replica, death.node or node_name(), death.log)
+
+
+class Verdict(enum.Enum):
+    REQUEST = enum.auto()
+    NODE = enum.auto()
+
+
+class Trial:
+    """Of the hopeless deaths on one node."""
+
+    def __init__(self, run_dir: RunDir, submission: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run_dir, self._submission, self._clock = run_dir, submission, clock
+        self._deadline = self._next_look = 0.0
+        self.deaths: list[Death] = []
+
+    def open(self, death: Death) -> None:
+        """Its file is there already, so that others who judge take no account of this replica."""
+        if not self.deaths:
+            self._deadline = self._clock() + PATIENCE_S
+        self.deaths.append(death)
+
+    def judge(self) -> Verdict | None:
+        """None: it does not show yet."""
+        if any(death.exit_code == FULL for death in self.deaths):
+            return Verdict.REQUEST
+        now = self._clock()
+        if now < self._next_look:
+            return None
+        self._next_look = now + LOOK_S
+        phases = {self._phase(name) for name in self._living()}
+        if not phases.isdisjoint(WORKED):
+            return Verdict.NODE
+        if phases.isdisjoint(OPEN):
+            return Verdict.REQUEST
+        return Verdict.NODE if now >= self._deadline else None
+
+    def _living(self) -> list[str]:
+        names = (name for name in os.listdir(self._run_dir.replicas) if name.startswith(f"{self._submission:02d}-"))
+        return [name for name in names if read_death(self._run_dir, name) is None]
+
+    def _phase(self, name: str) -> str:
+        return str(read_progress(self._run_dir, name).get("phase", "starting"))
