@@ -64,10 +64,22 @@ def cancel_others(running_too: bool) -> None:
         return
     with contextlib.suppress(FileNotFoundError):  # inside a container: they see for themselves when they start
         subprocess.run(["scancel", "--state=PENDING", array], check=False)
-        if running_too:
-            running = subprocess.run(["squeue", "-h", "-r", "-j", array, "-o", "%i"], capture_output=True, text=True).stdout
-            if others := [job for job in running.split() if job != _job_id()]:
-                subprocess.run(["scancel", *others], check=False)
+        others = [f"{array}_{job}" for job in running_jobs() if f"{array}_{job}" != _job_id()]
+        if running_too and others:
+            subprocess.run(["scancel", *others], check=False)
+
+
+def running_jobs() -> list[int]:
+    """The jobs of this one's array that SLURM has on a node, this one among them; none where it is not known."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is None:
+        return []
+    asked = ["squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return [int(word) for word in done.stdout.split() if word.isdecimal()]
 
 
 def _job_id() -> str:

@@ -282,7 +282,7 @@ class _Node:
     def _fail(self, failure: Failure) -> None:
         """The submission ends. Where that cannot be written, SLURM ends the other jobs, and this one's exit code tells."""
         self.has_failed = True
-        say(failure.sentence(self.run_dir))
+        say(f"batchinfer: {failure.sentence(self.run_dir)}")
         told = publish_failure(self.run_dir, self.job.submission, failure)
         cancel_others(running_too=not told)
         if not told and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":

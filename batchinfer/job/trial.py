@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from batchinfer.job.failure import Cause, Failure, cannot_write
-from batchinfer.job.left_out import node_name
+from batchinfer.job.left_out import node_name, running_jobs
 from batchinfer.job.replica import FULL, HOPELESS, Death, read_death, read_progress
 from batchinfer.job.room import no_space, write_error
 from batchinfer.job.rundir import RunDir
@@ -65,16 +65,14 @@ class Trial:
         if now < self._next_look:
             return None
         self._next_look = now + LOOK_S
-        phases = {self._phase(name) for name in self._living()}
+        names = [name for name in os.listdir(self._run_dir.replicas) if name.startswith(f"{self._submission:02d}-")]
+        phases = {self._phase(name) for name in names if read_death(self._run_dir, name) is None}
         if not phases.isdisjoint(WORKED):
             return Verdict.NODE
-        if phases.isdisjoint(OPEN):
+        with_replicas = {int(name.split("-")[1]) for name in names}
+        if phases.isdisjoint(OPEN) and with_replicas.issuperset(running_jobs()):
             return Verdict.REQUEST
         return Verdict.NODE if now >= self._deadline else None
-
-    def _living(self) -> list[str]:
-        names = (name for name in os.listdir(self._run_dir.replicas) if name.startswith(f"{self._submission:02d}-"))
-        return [name for name in names if read_death(self._run_dir, name) is None]
 
     def _phase(self, name: str) -> str:
         return str(read_progress(self._run_dir, name).get("phase", "starting"))

@@ -113,6 +113,28 @@ def test_dead_replica_is_told_in_the_launching_terminal(tmp_path: Path, capfd: p
     assert f"resume {run_dir.root}" in err
 
 
+def test_a_failure_on_a_node_is_one_sentence_and_ends_the_other_jobs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The other one has hardly begun when the first finds out, and would sleep for long."""
+    run_dir = make_run(tmp_path)
+    body = """
+        other = run / "replicas" / "01-1-0" / "died.json"
+        if "-1-" in name:
+            judged = dict(replica=name, exit_code=5, reason="", log="", undecided=True)  # or the first would wait for it
+            other.write_text(json.dumps(judged))
+            time.sleep(100)
+        while not other.exists():
+            time.sleep(0.1)
+        print("batchinfer: the model is torn", flush=True)
+        sys.exit(5)
+    """
+    config = make_config(launcher={"kind": "local", "nodes": 2})
+    assert run_job(run_dir, config, command(tmp_path, body)) == 1
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"batchinfer: the model is torn \(found by replica 01-0-0 on .*\); .* resume .*\n", err), err
+    assert out.count("\n") == 2, "where it was submitted, and how far it is"
+    assert marked(mark_of_job(run_dir, 1)) == []
+
+
 def test_too_many_error_rows_give_one(tmp_path: Path) -> None:
     run_dir, worker = make_run(tmp_path), command(tmp_path, "commit(0, error='null_prompt')")
     config = make_config(launcher={"kind": "inline"}, max_error_fraction=0.4)
