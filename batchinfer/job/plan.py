@@ -6,6 +6,7 @@ Everything here is known from the config, Parquet footers and a few hundred samp
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,40 +26,50 @@ from batchinfer.model.checkpoint import check_files
 from batchinfer.model.config import ModelShape, load_shape, resolve_dtype
 from batchinfer.prediction import Demand
 
-TAIL_SHARE = 4  # a unit holds at most a quarter of what is left, so that the last ones are small
+TAIL_SHARE = 4  # a unit holds at most a quarter of what is left, so that the last ones are small,
+REPLICA_SHARE = 2  # and at most half of what is left for each replica, so that none is still at a large one when others end
 SMALLEST_SHARE = 8  # but not less than an eighth of rows_per_unit
 
 
-def cut_units(shards: Sequence[Shard], rows_per_unit: int, limit: int | None) -> tuple[Unit, ...]:
+def cut_units(shards: Sequence[Shard], rows_per_unit: int, limit: int | None, replicas: int = 1) -> tuple[Unit, ...]:
     """Cuts the first `limit` rows into units of at most `rows_per_unit` rows, in input order, each row once.
 
     A unit is one range of one shard; shards smaller than it share one, and so does a rest of a shard of less than half a unit.
-    Towards the end units shrink from a quarter of what is left down to an eighth of `rows_per_unit`, so that replicas finish
-    together. Linear in shards and units.
+    Towards the end units shrink with what is left, the sooner the more `replicas` there are to share it, down to an eighth of
+    `rows_per_unit`: so replicas finish together. Linear in shards and units.
     """
+    share = max(TAIL_SHARE, REPLICA_SHARE * replicas)
     total = sum(shard.num_rows for shard in shards)
     left = total if limit is None else min(limit, total)
     units: list[Unit] = []
     ranges: list[RowRange] = []
-    space = target = _unit_size(left, rows_per_unit)
+    space = target = _unit_size(left, rows_per_unit, share)
     for number, shard in enumerate(shards):
         start, stop = 0, min(shard.num_rows, left)
         if stop > space and space <= target // 2:
             units.append(tuple(ranges))
-            ranges, space = [], (target := _unit_size(left, rows_per_unit))
+            ranges, space = [], (target := _unit_size(left, rows_per_unit, share))
         while start < stop:
             taken = min(space, stop - start)
             ranges.append(RowRange(number, start, start + taken))
             start, left, space = start + taken, left - taken, space - taken
             if space == 0:
                 units.append(tuple(ranges))
-                ranges, space = [], (target := _unit_size(left, rows_per_unit))
+                ranges, space = [], (target := _unit_size(left, rows_per_unit, share))
     return tuple([*units, tuple(ranges)] if ranges else units)
 
 
-def _unit_size(left: int, rows_per_unit: int) -> int:
+def _unit_size(left: int, rows_per_unit: int, share: int) -> int:
     smallest = max(1, rows_per_unit // SMALLEST_SHARE)
-    return min(rows_per_unit, max(smallest, left // TAIL_SHARE))
+    return min(rows_per_unit, max(smallest, left // share))
+
+
+def _most_replicas(config: Config) -> int:
+    """That this submission may have: the layout is chosen by a sample of the units, so they are cut before it is known."""
+    hw, nodes = config.hw, config.launcher.nodes
+    if hw.nodes_per_replica > 1:
+        return nodes // hw.nodes_per_replica
+    return nodes * hw.gpus_per_node // (1 if hw.tensor_parallel == "auto" else int(hw.tensor_parallel))
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ def make_plan(config: Config, sample: bool = False) -> Plan:
     """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
-    units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit)
+    units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit, _most_replicas(config))
     sampled = None
     with _readable(config.model.path):
         if sample or resolve_gpu(config.hw).gpu is not None:
@@ -158,7 +169,7 @@ def _readable(model: str | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if model is None or not str(error.filename).startswith(model):
+        if model is None or error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(model):
             raise
         cannot = f"cannot read {error.filename} ({error.strerror})"
         raise ConfigError(f"{show('model.path', model)}: {cannot}; it must be a checkpoint folder that you may read") from error
