@@ -31,7 +31,7 @@ LAYERS = {
     "bench.floor data.partials ops ops.compiled ops.elementwise ops.attention ops.attention_plan "
     "ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling ops.logprobs ops.skinny "
     "ops.peer_memory model.safetensors_file model.checkpoint roofline prediction job.retry job.attempts job.failure",
-    "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir "
+    "values": "config stretches publish data.results engine.sequence model.config model.rope_config model.fields job.rundir "
     "job.process job.walltime job.requeues job.vitals job.narrowing job.room",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention "
     "ops.reference_penalties ops.reference_sampling ops.reference_logprobs ops.reference_linear topology",
@@ -54,6 +54,7 @@ CONTROL_PLANE = (
     "roofline",
     "prediction",
     "stats",
+    "stretches",
     "report",
     "display",
     "bench.command",
