@@ -177,7 +177,8 @@ class _Node:
         except OSError:
             if (error := write_error(self.run_dir.root)) is None:
                 raise
-            self._fail(Failure.of_disk(self.run_dir, error, node_name(), str(self.job.folder)))
+            if not self.has_failed:
+                self._fail(Failure.of_disk(self.run_dir, error, node_name(), str(self.job.folder)))
             return FAILED
 
     def _run(self) -> int:

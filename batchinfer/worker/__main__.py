@@ -28,9 +28,10 @@ from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.engine.engine import build_engine, serve
 from batchinfer.engine.model_runner import build_runner
+from batchinfer.job.failure import cannot_write
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
-from batchinfer.job.replica import BEREAVED, DONE, SENTENCE, STOPPED
+from batchinfer.job.replica import BEREAVED, DONE, FULL, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.vitals import LastWord, Phase, Pulse
 from batchinfer.job.walltime import WORK_UNTIL
@@ -89,8 +90,9 @@ def no_gpu(config: Config, seen: int) -> str:
     driver = hardware.driver_version()
     found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
     return (
-        f"hw.gpu={config.hw.gpu}: PyTorch {torch.__version__} for CUDA {torch.version.cuda} sees {seen} GPUs on "
-        f"{socket.gethostname()}, which has {found}; choose nodes with a driver that is new enough, or hw=cpu"
+        f"hw.gpu={config.hw.gpu}: PyTorch {torch.__version__} for CUDA {torch.version.cuda} sees "
+        f"{seen or 'no'} GPU{'s' if seen > 1 else ''} on {socket.gethostname()}, which has {found}; choose nodes with a driver "
+        "that is new enough, or hw=cpu"
     )
 
 
@@ -168,9 +170,10 @@ def step_before_all_else() -> None:
 def tell(error: Exception, run_dir: RunDir) -> int:
     """Why this rank fails: to its node, which hears it even when no disk takes it, and to its log. Returns the exit code."""
     code = exit_code(error, run_dir.root)
-    LastWord(code, sentence(error)).leave()
+    words = cannot_write(run_dir, error) if code == FULL and isinstance(error, OSError) else sentence(error)
+    LastWord(code, words).leave()
     with contextlib.suppress(OSError):
-        print(f"{SENTENCE}{sentence(error)}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
+        print(f"{SENTENCE}{words}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
         traceback.print_exc()
     return code
 

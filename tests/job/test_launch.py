@@ -24,6 +24,7 @@ from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import RowRange, Shard
 from batchinfer.job.launch import cancel_jobs, check_placeable, make_jobs, resolve_kind, run_job, stop_signals
 from batchinfer.job.manifest import Manifest
+from batchinfer.job.placing import slurm_failures
 from batchinfer.job.process import marked
 from batchinfer.job.replica import mark_of_job
 from batchinfer.job.rundir import RunDir
@@ -239,6 +240,27 @@ def test_slurm_is_cancelled_by_scancel(tmp_path: Path, cluster: Path) -> None:
     write_program(cluster / "squeue", "echo 123")
     assert cancel_jobs(run_dir) == 1
     assert (tmp_path / "cancelled").read_text() == "123\n"
+
+
+def test_what_slurm_says_of_jobs_that_could_say_nothing() -> None:
+    """As `scontrol show job --oneliner` prints them, with most fields left out."""
+    form = "JobId={} ArrayJobId=7 ArrayTaskId={} JobName=a b JobState={} Reason={} ExitCode={} ReqNodeList=(null) NodeList={}"
+    launch = ("FAILED", "JobLaunchFailure", "0:53")
+    jobs = [
+        (7, 2, *launch, "n3"),
+        (8, 0, *launch, "n1"),
+        (9, 1, "COMPLETED", "None", "0:0", "n2"),
+        (10, 3, "NODE_FAIL", "None", "1:0", "n4"),
+    ]
+    assert slurm_failures("\n".join(form.format(*job) for job in jobs)) == [
+        "jobs 7_0, 7_2 failed on n1, n3 without a word of their own; is the run directory there, and can it be written? "
+        "SLURM says JobLaunchFailure, exit code 0:53",
+        "jobs 7_3 failed on n4 without a word of their own; SLURM says NODE_FAIL, exit code 1:0",
+    ]
+    assert slurm_failures("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=6:0 NodeList=n1")[0].startswith(
+        "jobs 7 failed"
+    )
+    assert slurm_failures("slurm_load_jobs error: Invalid job id specified") == []
 
 
 def test_auto_kind(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

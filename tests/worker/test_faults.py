@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from batchinfer.config import ConfigError
+from batchinfer import hardware
+from batchinfer.config import ConfigError, from_dict
 from batchinfer.data.reader import InputChanged, InputUnreadable
 from batchinfer.job.manifest import OtherWeights
 from batchinfer.job.replica import FAILED, FULL, HOPELESS
 from batchinfer.job.vitals import LastWord, Vitals
+from batchinfer.worker.__main__ import choose_device
 from batchinfer.worker.faults import exit_code
 
 RUN = Path("/scratch/run")
@@ -54,6 +57,24 @@ def unreadable(cause: Exception) -> InputUnreadable:
 )
 def test_what_an_error_says_of_other_tries(error: Exception, code: int) -> None:
     assert exit_code(error, RUN) == code
+
+
+def test_no_gpu_is_told_with_the_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch sees no GPU below a driver that is too old, and says so in a warning only."""
+    config = from_dict({"model": {"path": "m"}, "input": {"paths": ["in"], "prompt_column": "p"}, "hw": {"gpu": "a100-80gb"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(hardware, "driver_version", lambda: "470.82.01")
+    with pytest.raises(ConfigError) as caught:
+        choose_device(config)
+    assert f"PyTorch {torch.__version__} for CUDA 13.0 sees no GPU on " in str(caught.value)
+    assert "which has NVIDIA driver 470.82.01; choose nodes with a driver that is new enough" in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="sees 1 GPU on"):
+        choose_device(config)
 
 
 def test_the_last_word_reaches_the_node_without_a_disk() -> None:
