@@ -175,13 +175,13 @@ def status(run_dir: RunDir, keep_watching: bool = False) -> int:
     """Print how far the run is, once or until it is complete or its last submission has failed. Returns 0 whenever the run can
     be read, complete or not: how far a run is, is the answer and not a failure."""
     if keep_watching:
-        watch(run_dir, lambda: newest_failure(run_dir) is None)
+        snapshot = watch(run_dir, lambda: newest_failure(run_dir) is None)
     else:
         snapshot = RunView(run_dir).look()
         print(line(snapshot))
         for replica in snapshot.replicas:
             print("  " + replica_line(replica))
-    if failure := newest_failure(run_dir):
+    if not snapshot.is_complete and (failure := newest_failure(run_dir)):
         print(f"failed: {failure.sentence(run_dir)}")
     return 0
 

@@ -195,7 +195,7 @@ def _wait(run_dir: RunDir, number: int, config: Config, placed: Placed, logs: Lo
 
     try:
         display.watch(run_dir, lambda: placed.alive() and read_failure(run_dir, number) is None, logs=logs)
-        if read_failure(run_dir, number) is None:
+        if read_failure(run_dir, number) is None or is_complete(run_dir):
             _settle(placed)
         if failure := _why(run_dir, number):
             return _give_up(run_dir, failure, placed)

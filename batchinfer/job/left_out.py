@@ -19,7 +19,7 @@ from batchinfer.job.replica import Death, read_death, read_progress
 from batchinfer.job.rundir import RunDir
 
 DEATHS = 2  # before a first commit, of replicas on one node in one submission
-AT_WORK = ("loading", "running", "waiting", "done", "stopped")
+AT_WORK = ("loading", "running", "waiting", "done")
 
 # In one shell that no signal ends: SLURM sends SIGTERM to all processes of a job that it puts back. Until it runs again it is
 # pending, and may be given other nodes; the list is set whole.
@@ -59,7 +59,7 @@ def requeue_elsewhere(run_dir: RunDir, submission: int) -> bool:
 
 def cancel_others(running_too: bool) -> None:
     """Take the other jobs of this one's array out of SLURM's queue; `running_too`: those at work end as well."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    array = _array()
     if array is None:
         return
     with contextlib.suppress(FileNotFoundError):  # inside a container: they see for themselves when they start
@@ -71,7 +71,7 @@ def cancel_others(running_too: bool) -> None:
 
 def running_jobs() -> list[int]:
     """The jobs of this one's array that SLURM has on a node, this one among them; none where it is not known."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    array = _array()
     if array is None:
         return []
     asked = ["squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K"]
@@ -80,6 +80,11 @@ def running_jobs() -> list[int]:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return []
     return [int(word) for word in done.stdout.split() if word.isdecimal()]
+
+
+def _array() -> str | None:
+    """None where this job is not an element of ours: somebody's own array may be around an `inline` one."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
 
 
 def _job_id() -> str:

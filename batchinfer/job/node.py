@@ -14,7 +14,6 @@ submission has failed, and ends (`job.failure`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -40,11 +39,12 @@ from batchinfer.job.replica import (
     STOPPED,
     Death,
     Replica,
+    leave_death,
     read_progress,
+    say,
     torchrun,
     torchrun_environment,
     wait_all,
-    write_death,
 )
 from batchinfer.job.requeues import count_requeues, record_start
 from batchinfer.job.retry import is_complete
@@ -147,12 +147,6 @@ class NodeJob:
     def torchrun(self, name: str, rendezvous: Sequence[str] = STANDALONE) -> tuple[str, ...]:
         ranks = torchrun(self.ranks_here, RunDir(Path(self.run_dir)).replica(name) / "ranks", rendezvous)
         return self.command or (*ranks, "-m", self.worker_module)
-
-
-def say(sentence: str) -> None:
-    """Into the job's log, which a full disk may not take."""
-    with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
 
 
 class _Node:
@@ -267,7 +261,7 @@ class _Node:
     def _hopeless(self, slot: int, death: Death) -> None:
         """To try it again here is no use. What it means for the submission shows by what becomes of the others."""
         self.failed.add(slot)
-        self._write_death(replace(death, undecided=True))
+        leave_death(self.run_dir, replace(death, undecided=True))
         self.trial.open(death)
 
     def _judge(self) -> None:
@@ -319,13 +313,7 @@ class _Node:
 
     def _tell(self, death: Death) -> None:
         say(death.sentence())
-        self._write_death(death)
-
-    def _write_death(self, death: Death) -> None:
-        try:
-            write_death(self.run_dir, death)
-        except OSError as error:  # a full disk is often why it died
-            say(f"cannot write {error.filename} ({error.strerror})")
+        leave_death(self.run_dir, death)
 
     def _stop(self, notes: SignalNotes) -> None:
         for replica in self.running.values():

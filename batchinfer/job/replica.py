@@ -217,6 +217,20 @@ def write_death(run_dir: RunDir, death: Death) -> None:
     replace_bytes(run_dir.replica(death.replica) / "died.json", json.dumps(asdict(death)).encode())
 
 
+def say(sentence: str) -> None:
+    """Into the job's log, which a full disk may not take."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def leave_death(run_dir: RunDir, death: Death) -> None:
+    """As far as it can be written: a full disk is often why it died."""
+    try:
+        write_death(run_dir, death)
+    except OSError as error:
+        say(f"cannot write {error.filename} ({error.strerror})")
+
+
 def read_death(run_dir: RunDir, name: str) -> Death | None:
     try:
         return Death(**json.loads((run_dir.replica(name) / "died.json").read_bytes()))

@@ -21,7 +21,7 @@ from batchinfer.job.rundir import RunDir
 PATIENCE_S = 30.0  # for replicas that are starting or loading; who still is one by then counts as working
 LOOK_S = 0.5
 OPEN = ("starting", "loading", "failed")  # the last: its job is about to say what comes of it
-WORKED = ("running", "waiting", "done", "stopped")
+WORKED = ("running", "waiting", "done")
 
 
 def examined(run_dir: RunDir, death: Death) -> Death:

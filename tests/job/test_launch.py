@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import RowRange, Shard
+from batchinfer.job import launch
 from batchinfer.job.launch import cancel_jobs, check_placeable, make_jobs, resolve_kind, run_job, stop_signals
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.placing import slurm_failures
@@ -134,6 +136,15 @@ def test_a_failure_on_a_node_is_one_sentence_and_ends_the_other_jobs(tmp_path: P
     assert re.fullmatch(r"batchinfer: the model is torn \(found by replica 01-0-0 on .*\); .* resume .*\n", err), err
     assert out.count("\n") == 2, "where it was submitted, and how far it is"
     assert marked(mark_of_job(run_dir, 1)) == []
+
+
+def test_what_no_job_could_write_the_launcher_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run(tmp_path)
+    number, _ = run_dir.new_submission()
+    assert launch._why(run_dir, number) is None
+    monkeypatch.setattr(launch, "write_error", lambda folder: OSError(errno.EROFS, "Read-only file system"))
+    found = launch._why(run_dir, number)
+    assert found and found.reason == f"output.dir={run_dir.root} cannot be written any more: Read-only file system"
 
 
 def test_too_many_error_rows_give_one(tmp_path: Path) -> None:
