@@ -15,7 +15,7 @@ import pytest
 from batchinfer.tiny import make_sample
 from tests.run.jobs import batchinfer
 from tests.slurm.cluster import Cluster, eventually
-from tests.slurm.request import PATIENCE_S, at_full_speed, logs, on_slurm, replicas, submit
+from tests.slurm.request import PATIENCE_S, at_full_speed, ended_well, logs, on_slurm, replicas, submit
 
 NODES = ("node1", "node2", "node3", "node4")
 ONE_BY_ONE, AT_ONCE = "launcher.array_parallelism=1", "hw.cpus_per_gpu=9"  # of a node's 16: no two jobs on one
@@ -61,3 +61,15 @@ def test_nobody_waits_in_the_terminal(cluster: Cluster, run_dir: Path, mounted_n
     at_full_speed(run_dir)
     resumed = batchinfer("resume", run_dir, "launcher=inline")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_node_without_the_checkpoint_is_left_out(cluster: Cluster, run_dir: Path, undisturbed: dict) -> None:
+    """What would be the request's fault, if it did not work on another node."""
+    model = run_dir.with_name("model")
+    shutil.copytree(Path(make_sample.__file__).with_name("model"), model)
+    with cluster.hidden("node8", model):
+        submit(run_dir, f"model.path={model}", "launcher.partition=broken", "launcher.nodes=2", AT_ONCE)
+        eventually(lambda: "back into the queue without node8" in logs(run_dir), PATIENCE_S, lambda: logs(run_dir))
+        ended_well(cluster, run_dir, undisturbed)
+    assert not (run_dir / "submissions" / "01" / "failed.json").exists()
