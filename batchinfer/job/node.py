@@ -251,9 +251,10 @@ class _Node:
         self.has_stopped |= code == STOPPED
         if code not in (DONE, STOPPED):
             made_progress = replica.has_committed()
-            death = replace(examined(self.run_dir, replica.death(code)), node=node_name() if self.job.nodes == 1 else "")
+            node = node_name() if self.job.nodes == 1 else ""
+            death = examined(self.run_dir, replace(replica.death(code), node=node, early=not made_progress))
             if death.is_hopeless:
-                return self._hopeless(slot, replace(death, early=not made_progress))
+                return self._hopeless(slot, death)
             gain = self._record(death)
             early = not (made_progress or gain.of_rows)
             self._died(slot, replace(death, early=early), made_progress, gain)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,14 +22,18 @@ from batchinfer.job.rundir import RunDir
 PATIENCE_S = 30.0  # for replicas that are starting or loading; who still is one by then counts as working
 LOOK_S = 0.5
 OPEN = ("starting", "loading", "failed")  # the last: its job is about to say what comes of it
+NOT_INSTALLED = re.compile(r"\b(ModuleNotFoundError|ImportError): ")
 WORKED = ("running", "waiting", "done")
 
 
 def examined(run_dir: RunDir, death: Death) -> Death:
-    """Where the run cannot be written any more, that is why, even if the log had no space to say so."""
-    if death.exit_code <= 0 or death.exit_code == FULL or (error := write_error(run_dir.root)) is None:
+    """What the rank could not say by its exit code. Where the run cannot be written any more, that is why, even if the log had no
+    space for it; and what is not installed cannot even be started."""
+    if death.exit_code <= 0 or death.exit_code == FULL:
         return death
-    return replace(death, exit_code=FULL if no_space(error) else HOPELESS, reason=cannot_write(run_dir, error))
+    if error := write_error(run_dir.root):
+        return replace(death, exit_code=FULL if no_space(error) else HOPELESS, reason=cannot_write(run_dir, error))
+    return replace(death, exit_code=HOPELESS) if death.early and NOT_INSTALLED.search(death.reason) else death
 
 
 def failure_of(deaths: Sequence[Death]) -> Failure:

@@ -104,6 +104,20 @@ def test_a_full_disk_is_full_for_all(run_dir: RunDir, clock: Clock) -> None:
     assert opened(run_dir, clock, FULL).judge() is Verdict.REQUEST
 
 
+@pytest.mark.parametrize(
+    ("reason", "early", "code"),
+    [
+        ("rank 1: ModuleNotFoundError: No module named 'tokenizers'", True, HOPELESS),
+        ("python: Error while finding module specification (ModuleNotFoundError: No module named 'torch')", True, HOPELESS),
+        ("ImportError: libcudart.so.13: cannot open shared object file", True, HOPELESS),
+        ("ImportError: libcudart.so.13: cannot open shared object file", False, 1),  # it has worked
+        ("RuntimeError: something broke", True, 1),
+    ],
+)
+def test_what_is_not_installed(run_dir: RunDir, reason: str, early: bool, code: int) -> None:
+    assert examined(run_dir, Death("01-0-0", 1, reason, "log.txt", early=early)).exit_code == code
+
+
 def test_a_disk_that_cannot_be_written_is_the_reason(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever came through to the log."""
     died = Death("01-0-0", 1, "exit code 1 without a word", "log.txt")
