@@ -28,7 +28,7 @@ from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.retry import is_complete, unfinished
-from batchinfer.job.room import write_error
+from batchinfer.job.room import lasting_error
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.site import check_limits
 from batchinfer.publish import replace_bytes
@@ -220,7 +220,7 @@ def _why(run_dir: RunDir, number: int) -> Failure | None:
     if is_complete(run_dir):
         return None
     failure = read_failure(run_dir, number)
-    if failure is None and (error := write_error(run_dir.root)):
+    if failure is None and (error := lasting_error(run_dir.root)):
         failure = Failure.of_disk(run_dir, error, socket.gethostname(), str(run_dir.submission(number)))
     return failure
 

@@ -48,7 +48,7 @@ from batchinfer.job.replica import (
 )
 from batchinfer.job.requeues import count_requeues, record_start
 from batchinfer.job.retry import is_complete
-from batchinfer.job.room import write_error
+from batchinfer.job.room import lasting_error
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
 from batchinfer.job.trial import Trial, Verdict, examined, failure_of
@@ -169,7 +169,7 @@ class _Node:
         try:
             return self._run()
         except OSError:
-            if (error := write_error(self.run_dir.root)) is None:
+            if (error := lasting_error(self.run_dir.root)) is None:
                 raise
             if not self.has_failed:
                 self._fail(Failure.of_disk(self.run_dir, error, node_name(), str(self.job.folder)))

@@ -14,6 +14,7 @@ from batchinfer.publish import temporary
 MIB = 1 << 20
 FLOOR_BYTES = 32 * MIB  # free, or a run is not begun: its logs, statistics and first commits, not all its results
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+LASTING = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, *NO_SPACE})  # others may pass
 PROBE_BYTES = MIB  # really written, as a quota shows nowhere else
 
 
@@ -36,6 +37,12 @@ def free_bytes(place: Path) -> int | None:
     """What this user may still take of a file system; None where it does not say. Quotas are not in it."""
     stats = os.statvfs(place)
     return stats.f_bavail * stats.f_frsize if stats.f_blocks else None
+
+
+def lasting_error(folder: Path) -> OSError | None:
+    """Why a folder that could be written cannot be any more: neither now nor on another try."""
+    error = write_error(folder)
+    return error if error is not None and error.errno in {errno.ENOENT, *LASTING} else None
 
 
 def no_space(error: OSError) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from batchinfer.job.failure import Cause, Failure, cannot_write
 from batchinfer.job.left_out import node_name, running_jobs
 from batchinfer.job.replica import FULL, HOPELESS, Death, read_death, read_progress
-from batchinfer.job.room import no_space, write_error
+from batchinfer.job.room import lasting_error, no_space
 from batchinfer.job.rundir import RunDir
 
 PATIENCE_S = 30.0  # for replicas that are starting or loading; who still is one by then counts as working
@@ -31,7 +31,7 @@ def examined(run_dir: RunDir, death: Death) -> Death:
     space for it; and what is not installed cannot even be started."""
     if death.exit_code <= 0 or death.exit_code == FULL:
         return death
-    if error := write_error(run_dir.root):
+    if error := lasting_error(run_dir.root):
         return replace(death, exit_code=FULL if no_space(error) else HOPELESS, reason=cannot_write(run_dir, error))
     return replace(death, exit_code=HOPELESS) if death.early and NOT_INSTALLED.search(death.reason) else death
 

@@ -6,18 +6,16 @@ of a device is not, nor what the rows at work may have brought about.
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 from batchinfer.config import ConfigError
 from batchinfer.data.reader import InputChanged, InputUnreadable
 from batchinfer.job.manifest import OtherWeights
 from batchinfer.job.replica import FAILED, FULL, HOPELESS
-from batchinfer.job.room import NO_SPACE, no_space
+from batchinfer.job.room import LASTING, no_space
 
 # What fails for these reasons says nothing of the rows that were at work.
 OUTSIDE = (OSError, ConfigError, InputChanged, InputUnreadable, OtherWeights)
-LASTING = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, *NO_SPACE})
 # Of CUDA, which has no types for them: the driver is older than PyTorch needs, the GPU newer or older than the kernels.
 UNFIT_DEVICE = (
     "driver version is insufficient",

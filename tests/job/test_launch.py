@@ -142,7 +142,7 @@ def test_what_no_job_could_write_the_launcher_finds_out(tmp_path: Path, monkeypa
     run_dir = make_run(tmp_path)
     number, _ = run_dir.new_submission()
     assert launch._why(run_dir, number) is None
-    monkeypatch.setattr(launch, "write_error", lambda folder: OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(launch, "lasting_error", lambda folder: OSError(errno.EROFS, "Read-only file system"))
     found = launch._why(run_dir, number)
     assert found and found.reason == f"output.dir={run_dir.root} cannot be written any more: Read-only file system"
 

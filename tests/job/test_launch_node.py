@@ -280,7 +280,7 @@ def test_a_job_that_cannot_begin_to_write(tmp_path: Path, monkeypatch: pytest.Mo
 
     asked: list[list[str]] = []
     monkeypatch.setattr(node, "record_start", full)
-    monkeypatch.setattr(node, "write_error", lambda folder: OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(node, "lasting_error", lambda folder: OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(node, "publish_failure", lambda *_: False)
     monkeypatch.setattr(left_out.subprocess, "run", lambda command, **_: asked.append(command) or Answer)
     for name, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "1")):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from batchinfer.config import ConfigError
-from batchinfer.job.room import check_room, free_bytes, write_error
+from batchinfer.job import room
+from batchinfer.job.room import check_room, free_bytes, lasting_error, write_error
 
 Disk = Callable[[str], Path]
 
@@ -65,6 +66,14 @@ def test_a_read_only_disk(disk: Disk) -> None:
     assert f"cannot write in {folder} (Read-only file system)" in refused(folder / "one")
     error = write_error(folder)
     assert error is not None and error.errno == errno.EROFS
+
+
+def test_what_may_pass_is_no_lasting_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, lasts in ((errno.EIO, False), (errno.ESTALE, False), (errno.EDQUOT, True), (errno.EROFS, True)):
+        monkeypatch.setattr(room, "write_error", lambda folder, code=code: OSError(code, "so it is"))
+        assert (lasting_error(tmp_path) is not None) == lasts
+    monkeypatch.undo()
+    assert lasting_error(tmp_path) is None and lasting_error(tmp_path / "gone") is not None
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

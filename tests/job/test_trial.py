@@ -123,7 +123,7 @@ def test_a_disk_that_cannot_be_written_is_the_reason(run_dir: RunDir, monkeypatc
     died = Death("01-0-0", 1, "exit code 1 without a word", "log.txt")
     assert examined(run_dir, died) == died
     for code, expected, cause in ((errno.EDQUOT, FULL, Cause.DISK), (errno.EROFS, HOPELESS, Cause.REQUEST)):
-        monkeypatch.setattr(trial, "write_error", lambda folder, code=code: OSError(code, "so it is"))
+        monkeypatch.setattr(trial, "lasting_error", lambda folder, code=code: OSError(code, "so it is"))
         found = examined(run_dir, died)
         assert (found.exit_code, found.reason) == (expected, f"output.dir={run_dir.root} cannot be written any more: so it is")
         assert failure_of([Death("01-0-1", HOPELESS, "another", "log.txt"), found]).cause is cause
