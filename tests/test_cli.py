@@ -240,6 +240,9 @@ def test_weights_that_no_node_could_load_are_refused_here(
     cannot = f"cannot read {single} (Is a directory); it must be a checkpoint folder that you may read"
     assert refused(*words) == f"model.path={checkpoint}: {cannot}"
     assert refused(*request_words, "model.path=in/../checkpoint").endswith("that you may read"), "by whatever way it is named"
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").mkdir()
+    assert f"cannot read {checkpoint}/config.json (Is a directory)" in refused(*words)
 
 
 def test_a_disk_that_would_soon_be_full_is_refused_here(

@@ -8,7 +8,7 @@ torchrun, `grace_s` later SIGKILL to whoever is left. SIGUSR2 is the warning bef
 time limit the replicas stop by themselves, in time (`job.walltime`); before a preemption they are stopped as above. Then the
 handler found (submitit's: checkpoint, requeue, exit) is called, unless the submission's requeues are used up.
 
-A replica that ends as every further try would is not started again. Unless this node alone is at fault (`job.trial`), the whole
+A replica that ends as every further try would is not started again. Unless this node alone is at fault (`job.blame`), the whole
 submission has failed, and ends (`job.failure`).
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.job.attempts import Gain, record_death
+from batchinfer.job.blame import Inquiry, Verdict, examined, failure_of
 from batchinfer.job.failure import Failure, has_failed, publish_failure
 from batchinfer.job.left_out import cancel_others, has_failed_here, left_out, node_name, requeue_elsewhere
 from batchinfer.job.narrowing import MOST_BARREN
@@ -51,7 +52,6 @@ from batchinfer.job.retry import is_complete
 from batchinfer.job.room import lasting_error
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
-from batchinfer.job.trial import Trial, Verdict, examined, failure_of
 from batchinfer.job.walltime import WORK_UNTIL, Walltime
 from batchinfer.publish import replace_bytes
 
@@ -154,7 +154,7 @@ class _Node:
 
     def __init__(self, job: NodeJob) -> None:
         self.job, self.run_dir = job, RunDir(Path(job.run_dir))
-        self.trial = Trial(self.run_dir, job.submission)
+        self.inquiry = Inquiry(self.run_dir, job.submission)
         self.running: dict[int, Replica] = {}
         self.restarts = dict.fromkeys(range(job.replicas), 0)
         self.barren = dict.fromkeys(range(job.replicas), 0)  # deaths in a row after which nothing had been gained
@@ -213,7 +213,7 @@ class _Node:
 
     def _watch(self, notes: SignalNotes) -> bool:
         """Until every replica has ended, and it is known why. True: they were stopped."""
-        while self.running or self.trial.deaths:
+        while self.running or self.inquiry.deaths:
             if self._must_stop(notes):
                 self._stop(notes)
                 return True
@@ -263,13 +263,13 @@ class _Node:
         """To try it again here is no use. What it means for the submission shows by what becomes of the others."""
         self.failed.add(slot)
         leave_death(self.run_dir, replace(death, undecided=True))
-        self.trial.open(death)
+        self.inquiry.open(death)
 
     def _judge(self) -> None:
-        verdict = self.trial.judge() if self.trial.deaths else None
+        verdict = self.inquiry.judge() if self.inquiry.deaths else None
         if verdict is None:
             return
-        deaths, self.trial.deaths = self.trial.deaths, []
+        deaths, self.inquiry.deaths = self.inquiry.deaths, []
         if verdict is Verdict.REQUEST:
             return self._fail(failure_of(deaths))
         for death in deaths:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from batchinfer.job import trial
+from batchinfer.job import blame
+from batchinfer.job.blame import PATIENCE_S, Inquiry, Verdict, examined, failure_of
 from batchinfer.job.failure import Cause
 from batchinfer.job.replica import FULL, HOPELESS, Death, write_death
 from batchinfer.job.rundir import RunDir
-from batchinfer.job.trial import PATIENCE_S, Trial, Verdict, examined, failure_of
 
 
 class Clock:
@@ -47,8 +47,8 @@ def says(run_dir: RunDir, name: str, phase: str | None) -> None:
         run_dir.progress(name).write_text(json.dumps({"phase": phase}))
 
 
-def opened(run_dir: RunDir, clock: Clock, code: int = HOPELESS) -> Trial:
-    case = Trial(run_dir, 1, clock)
+def opened(run_dir: RunDir, clock: Clock, code: int = HOPELESS) -> Inquiry:
+    case = Inquiry(run_dir, 1, clock)
     case.open(death(run_dir, code=code))
     return case
 
@@ -57,6 +57,13 @@ def test_alone_it_is_the_request(run_dir: RunDir, clock: Clock) -> None:
     says(run_dir, "02-0-0", "running")  # of another submission, which asks for something else
     says(run_dir, "01-0-1", "stopped")  # before this job was put back into the queue: things may have changed since
     assert opened(run_dir, clock).judge() is Verdict.REQUEST
+
+
+def test_its_own_word_is_not_waited_for_where_it_could_not_be_written(run_dir: RunDir, clock: Clock) -> None:
+    case = Inquiry(run_dir, 1, clock)
+    says(run_dir, "01-0-0", "loading")
+    case.open(Death("01-0-0", HOPELESS, "Read-only file system", "log.txt"))
+    assert case.judge() is Verdict.REQUEST
 
 
 @pytest.mark.parametrize("phase", ["running", "waiting", "done"])
@@ -92,7 +99,7 @@ def test_a_job_that_runs_and_has_no_replica_yet_is_waited_for(
     run_dir: RunDir, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = opened(run_dir, clock)
-    monkeypatch.setattr(trial, "running_jobs", lambda: [0, 3])
+    monkeypatch.setattr(blame, "running_jobs", lambda: [0, 3])
     assert case.judge() is None
     says(run_dir, "01-3-0", "running")
     clock.now += 1
@@ -123,7 +130,7 @@ def test_a_disk_that_cannot_be_written_is_the_reason(run_dir: RunDir, monkeypatc
     died = Death("01-0-0", 1, "exit code 1 without a word", "log.txt")
     assert examined(run_dir, died) == died
     for code, expected, cause in ((errno.EDQUOT, FULL, Cause.DISK), (errno.EROFS, HOPELESS, Cause.REQUEST)):
-        monkeypatch.setattr(trial, "lasting_error", lambda folder, code=code: OSError(code, "so it is"))
+        monkeypatch.setattr(blame, "lasting_error", lambda folder, code=code: OSError(code, "so it is"))
         found = examined(run_dir, died)
         assert (found.exit_code, found.reason) == (expected, f"output.dir={run_dir.root} cannot be written any more: so it is")
         assert failure_of([Death("01-0-1", HOPELESS, "another", "log.txt"), found]).cause is cause

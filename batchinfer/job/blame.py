@@ -19,7 +19,7 @@ from batchinfer.job.replica import FULL, HOPELESS, Death, read_death, read_progr
 from batchinfer.job.room import lasting_error, no_space
 from batchinfer.job.rundir import RunDir
 
-PATIENCE_S = 30.0  # for replicas that are starting or loading; who still is one by then counts as working
+PATIENCE_S = 30.0  # for replicas that are starting or loading; who is still at it by then counts as working
 LOOK_S = 0.5
 OPEN = ("starting", "loading", "failed")  # the last: its job is about to say what comes of it
 NOT_INSTALLED = re.compile(r"\b(ModuleNotFoundError|ImportError): ")
@@ -48,7 +48,7 @@ class Verdict(enum.Enum):
     NODE = enum.auto()
 
 
-class Trial:
+class Inquiry:
     """Of the hopeless deaths on one node."""
 
     def __init__(self, run_dir: RunDir, submission: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,7 +57,7 @@ class Trial:
         self.deaths: list[Death] = []
 
     def open(self, death: Death) -> None:
-        """Its file is there already, so that others who judge take no account of this replica."""
+        """Its file is there already, if it can be written, so that other nodes take no account of this replica."""
         if not self.deaths:
             self._deadline = self._clock() + PATIENCE_S
         self.deaths.append(death)
@@ -71,7 +71,8 @@ class Trial:
             return None
         self._next_look = now + LOOK_S
         names = [name for name in os.listdir(self._run_dir.replicas) if name.startswith(f"{self._submission:02d}-")]
-        phases = {self._phase(name) for name in names if read_death(self._run_dir, name) is None}
+        judged = {death.replica for death in self.deaths}
+        phases = {self._phase(name) for name in names if name not in judged and read_death(self._run_dir, name) is None}
         if not phases.isdisjoint(WORKED):
             return Verdict.NODE
         with_replicas = {int(name.split("-")[1]) for name in names}
