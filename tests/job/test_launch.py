@@ -138,6 +138,14 @@ def test_a_failure_on_a_node_is_one_sentence_and_ends_the_other_jobs(tmp_path: P
     assert marked(mark_of_job(run_dir, 1)) == []
 
 
+def test_inline_it_is_one_sentence_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path)
+    worker = command(tmp_path, "print('batchinfer: the model is torn', flush=True); sys.exit(5)")
+    assert run_job(run_dir, make_config(launcher={"kind": "inline"}), worker) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("batchinfer: the model is torn (found by replica 01-0-0 on ") and err.count("\n") == 1, err
+
+
 def test_what_no_job_could_write_the_launcher_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(tmp_path)
     number, _ = run_dir.new_submission()
