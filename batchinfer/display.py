@@ -18,6 +18,7 @@ from typing import Any
 from batchinfer.data.schema import UnitFooter, num_rows
 from batchinfer.data.writer import read_footer
 from batchinfer.job.claims import Identity
+from batchinfer.job.failure import newest_failure
 from batchinfer.job.logs import LogFollower
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.replica import Death, read_death, read_progress
@@ -171,15 +172,17 @@ class RunView:
 
 
 def status(run_dir: RunDir, keep_watching: bool = False) -> int:
-    """Print how far the run is, once or until it is complete. Returns 0 whenever the run can be read, complete or not:
-    how far a run is, is the answer and not a failure."""
+    """Print how far the run is, once or until it is complete or its last submission has failed. Returns 0 whenever the run can
+    be read, complete or not: how far a run is, is the answer and not a failure."""
     if keep_watching:
-        watch(run_dir, lambda: True)
-        return 0
-    snapshot = RunView(run_dir).look()
-    print(line(snapshot))
-    for replica in snapshot.replicas:
-        print("  " + replica_line(replica))
+        snapshot = watch(run_dir, lambda: newest_failure(run_dir) is None)
+    else:
+        snapshot = RunView(run_dir).look()
+        print(line(snapshot))
+        for replica in snapshot.replicas:
+            print("  " + replica_line(replica))
+    if not snapshot.is_complete and (failure := newest_failure(run_dir)):
+        print(f"failed: {failure.sentence(run_dir)}")
     return 0
 
 
@@ -207,7 +210,7 @@ def watch(
             for text in logs.lines() if logs else ():
                 screen.log(text)
             for replica in snapshot.replicas:
-                if replica.death and replica.name not in known:
+                if replica.death and not replica.death.undecided and replica.name not in known:
                     known.add(replica.name)
                     tell(replica.death.sentence())
             if snapshot.is_complete or not alive:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from batchinfer.job.rundir import RunDir
 from batchinfer.memory import gib
 from batchinfer.publish import replace_bytes
 from batchinfer.stats import QUANTILES, segments
+from batchinfer.stretches import Ending, Span, tails, wall
 
 SAMPLES, SAMPLE_CHARS = 3, 200
-Span = tuple[float, float]  # a replica's first step's start and last step's end
 FIRST_COLUMNS = ("shard", "row", "sample", "completion")
 ERROR_COLUMNS = ("shard", "row", "sample", "error", "error_message")
 REPORTED = (*ERROR_COLUMNS, "finish_reason", "ttft_s", "latency_s", "num_completion_tokens")
@@ -67,7 +67,7 @@ def summarise(run_dir: RunDir) -> dict[str, Any]:
     manifest = Manifest.load(run_dir)
     rows = _rows(run_dir, manifest.config.output.prefix)
     steps = _steps(run_dir)
-    total, wall = sum(map(num_rows, manifest.units)), steps["wall_s"]
+    total, seconds = sum(map(num_rows, manifest.units)), steps["wall_s"]
     rates = {"rows_s": rows["rows"], "tokens_in_s": rows["prompt_tokens"], "tokens_out_s": rows["completion_tokens"]}
     summary = {
         "run": str(run_dir.root),
@@ -76,7 +76,7 @@ def summarise(run_dir: RunDir) -> dict[str, Any]:
         "units_total": len(manifest.units),
         **rows,
         **steps,
-        **{name: count / wall if wall else None for name, count in rates.items()},
+        **{name: count / seconds if seconds else None for name, count in rates.items()},
         "replicas": _replicas(run_dir),
     }
     return {**summary, "predicted": _predicted(run_dir, summary)}
@@ -171,7 +171,8 @@ def _floats(column: Any) -> np.ndarray[Any, Any]:
 
 
 def _steps(run_dir: RunDir) -> dict[str, Any]:
-    """`wall_s` is first step to last, without the pauses between submissions: the time before a resume is not work."""
+    """`wall_s` is first step to last, without the pauses between submissions: the time before a resume is not work. `tail_s` is
+    that of the last submission, `tails_s` of each, or of several at once (`stretches`)."""
     spans: dict[str, Span] = {}
     sums: Counter[str] = Counter()
     kv_peak = 0.0
@@ -188,10 +189,11 @@ def _steps(run_dir: RunDir) -> dict[str, Any]:
         kv_blocks.add(int(values["kv_blocks_total"].min()))
         gpu_memory = max(gpu_memory, int(np.nan_to_num(values["gpu_memory_bytes"]).max()))  # null where no driver says
         kv_peak = max(kv_peak, float((values["kv_blocks_used"] / np.maximum(values["kv_blocks_total"], 1)).max()))
-    steps = sums["steps"]
+    steps, tail_of = sums["steps"], tails(spans, _endings(run_dir, spans))
     return {
-        "wall_s": _wall(spans),
-        "tail_s": _tail(spans),
+        "wall_s": wall(spans),
+        "tail_s": next(reversed(tail_of.values()), None),
+        "tails_s": tail_of,
         "steps": steps,
         "mean_batch_size": (sums["prefill_seqs"] + sums["decode_seqs"]) / steps if steps else None,
         "kv_peak_share": kv_peak if steps else None,
@@ -210,32 +212,14 @@ def _read_steps(path: Path) -> Any:
         raise DamagedFile(f"{path}: not a whole segment of statistics ({error}); move it away, no row depends on it") from error
 
 
-def _stretches(spans: Mapping[str, Span]) -> list[list[Span]]:
-    """The replicas' spans, parted where the run stood still between submissions. Invocations that overlap are one stretch."""
-    submissions: dict[str, list[Span]] = defaultdict(list)
-    for replica, span in spans.items():
-        submissions[replica.split("-")[0]].append(span)
-    stretches: list[list[Span]] = []
-    for group in sorted(submissions.values(), key=min):
-        if stretches and min(group)[0] <= _end(stretches[-1]):
-            stretches[-1] += group
-        else:
-            stretches.append(group)
-    return stretches
-
-
-def _end(stretch: Sequence[Span]) -> float:
-    return max(end for _, end in stretch)
-
-
-def _wall(spans: Mapping[str, Span]) -> float:
-    return float(sum(_end(stretch) - min(stretch)[0] for stretch in _stretches(spans)))
-
-
-def _tail(spans: Mapping[str, Span]) -> float:
-    """From the first replica of the last stretch with nothing left to do, to the end."""
-    stretches = _stretches(spans)
-    return float(_end(stretches[-1]) - min(end for _, end in stretches[-1])) if stretches else 0.0
+def _endings(run_dir: RunDir, replicas: Iterable[str]) -> dict[str, Ending]:
+    """Of those that came to an end with nothing left to do, or wait for it."""
+    found = {}
+    for name in replicas:
+        said = read_progress(run_dir, name)
+        is_idle = said.get("phase") in ("waiting", "done") and read_death(run_dir, name) is None
+        found[name] = Ending(said.get("idle_since") if is_idle else None, said.get("last_commit"))
+    return found
 
 
 def _replicas(run_dir: RunDir) -> dict[str, Any]:
@@ -286,7 +270,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("prompt tokens", _with_rate(summary["prompt_tokens"], summary["tokens_in_s"]) + (", of each sample" if several else "")),
         ("prefix cache", _prefix_line(summary)),
         ("completion tokens", _with_rate(summary["completion_tokens"], summary["tokens_out_s"])),
-        ("time", f"{duration(summary['wall_s'])} from the first step to the last, tail {duration(summary['tail_s'])}"),
+        ("time", _time_line(summary)),
         *(
             (what, _seconds(summary[key]))
             for what, key in (("first token", "ttft_s"), ("latency", "latency_s"), ("inter-token", "inter_token_s"))
@@ -297,6 +281,11 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"replica {name}", _replica_line(replica)) for name, replica in summary["replicas"].items()),
     ]
     return [(what, how) for what, how in lines if how]
+
+
+def _time_line(summary: Mapping[str, Any]) -> str:
+    line, tail = f"{duration(summary['wall_s'])} from the first step to the last", summary["tail_s"]
+    return line if tail is None else f"{line}, tail {duration(tail)}"
 
 
 def _retry_line(summary: Mapping[str, Any]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,53 @@ def test_what_would_fail_on_the_node_fails_here(
     assert refused(*request_words, "model.max_model_len=1000").startswith("model.max_model_len=1000: must be at most 128")
     assert "holds no *.safetensors file" in refused(*request_words, "model.load_format=safetensors")
     assert placed == [] and not Path("outputs").exists()
+
+
+def weights(**tensors: list[int]) -> bytes:
+    """A safetensors file of zeros."""
+    ends = dict(zip(tensors, accumulate(4 * math.prod(shape) for shape in tensors.values()), strict=True))
+    entries = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [ends[name] - 4 * math.prod(shape), ends[name]]}
+        for name, shape in tensors.items()
+    }
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(max(ends.values()))
+
+
+def test_weights_that_no_node_could_load_are_refused_here(
+    checkpoint: Path, request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal
+) -> None:
+    words = [*request_words, "model.load_format=safetensors"]
+    single, index, part = (checkpoint / name for name in ("model.safetensors", "model.safetensors.index.json", "p.safetensors"))
+    single.write_bytes(weights(a=[2, 3]))
+    assert main(words) == 0 and placed
+    single.write_bytes(weights(a=[2, 3])[:-1])
+    assert refused(*words).startswith(f"{single} is not a safetensors file, or it is cut short: its header describes ")
+    single.rename(checkpoint / "other.safetensors")
+    assert refused(*words).startswith(f"model.path={checkpoint} holds neither model.safetensors nor model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": part.name, "b": part.name}}))
+    assert refused(*words) == f"{part} is missing: the checkpoint's index names it"
+    part.write_bytes(weights(a=[2]))
+    assert refused(*words) == f"{part} lacks b, which the checkpoint's index says it holds"
+    index.unlink()
+    single.mkdir()
+    cannot = f"cannot read {single} (Is a directory); it must be a checkpoint folder that you may read"
+    assert refused(*words) == f"model.path={checkpoint}: {cannot}"
+    assert refused(*request_words, "model.path=in/../checkpoint").endswith("that you may read"), "by whatever way it is named"
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").mkdir()
+    assert f"cannot read {checkpoint}/config.json (Is a directory)" in refused(*words)
+
+
+def test_a_disk_that_would_soon_be_full_is_refused_here(
+    request_words: list[str], placed: list[tuple[Path, Config]], refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run, and one that is to go on."""
+    assert main(request_words) == 0
+    monkeypatch.setattr(os, "statvfs", lambda place: os.statvfs_result((4096, 4096, 9999, 256, 256, 9, 9, 9, 0, 255)))
+    for words in (["run_name=other", *request_words[:-2]], ["resume", "outputs/r"]):
+        assert "must have at least 32 MiB free, and its file system has 1.0 MiB" in refused(*words)
+    assert len(placed) == 1 and os.listdir("outputs") == ["r"]
 
 
 def test_multirun_is_one_run_for_each_combination(request_words: list[str], placed: list[tuple[Path, Config]]) -> None:

@@ -15,8 +15,9 @@ from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
 from batchinfer.display import RunView, _picture, duration, line, status, watch
 from batchinfer.job.claims import Identity
+from batchinfer.job.failure import Cause, Failure, publish_failure
 from batchinfer.job.manifest import Manifest
-from batchinfer.job.replica import Death, write_death
+from batchinfer.job.replica import HOPELESS, Death, write_death
 from batchinfer.job.retry import begin
 from batchinfer.job.rundir import RunDir
 
@@ -147,6 +148,28 @@ def test_watch_ends_when_complete_and_tells_deaths(run_dir: RunDir, capsys: pyte
     assert told == ["replica 01-0-0 died (out of memory); restarted as 01-0-0.1; log: /run/log.txt"]
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("0/2,000 rows") and last == "2,000/2,000 rows (100%), 2/2 units; complete"
+
+
+def test_a_failed_submission_is_told_and_not_watched_any_longer(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """A death that is not judged yet is nobody's news; the next submission begins anew."""
+    run_dir.replica("01-0-0").mkdir()
+    run_dir.submission(1).mkdir()
+    looks = iter([True, False])
+
+    def jobs_alive() -> bool:
+        write_death(run_dir, Death("01-0-0", HOPELESS, "the input changed", "log.txt", node="n1", early=True, undecided=True))
+        return next(looks)
+
+    watch(run_dir, jobs_alive)
+    assert "died" not in capsys.readouterr().err
+    publish_failure(run_dir, 1, Failure("the input changed", Cause.REQUEST, "01-0-0", "n1", "log.txt"))
+    for keep_watching in (False, True):
+        assert status(run_dir, keep_watching) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("failed: the input changed (found by replica 01-0-0 on n1; log: log.txt); ")
+    run_dir.submission(2).mkdir()
+    status(run_dir)
+    assert "failed:" not in capsys.readouterr().out
 
 
 def test_watch_ends_when_no_job_is_alive(run_dir: RunDir) -> None:

@@ -20,8 +20,8 @@ LAYERS = {
     "entry": "cli __main__",
     "programs": "job.launch worker.__main__ worker.replica worker.source worker.sink worker.progress report display profiling "
     "bench.command bench.task bench.results bench.table bench.conditions bench.ours bench.hf bench.vllm "
-    "bench.ceilings worker.peers bench.points job.outlook worker.generations worker.environment worker.isolation",
-    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out job.watchdog",
+    "bench.ceilings worker.peers bench.points job.outlook worker.generations worker.environment worker.isolation worker.faults",
+    "machines": "engine.engine job.placing job.node job.replica job.span job.left_out job.blame job.watchdog",
     "policy": "job.plan job.verify engine.scheduler engine.batch engine.channel engine.sampler engine.logprobs "
     "engine.grammar engine.inputs engine.cuda_graphs engine.kv_memory engine.model_runner model.decoder "
     "model.loader engine.rank_check job.demand job.layout job.site job.origins job.export",
@@ -30,9 +30,9 @@ LAYERS = {
     "data.sampling data.grammar data.tokenizer_files data.tokenizer data.chat data.prompts bench.workloads "
     "bench.floor data.partials ops ops.compiled ops.elementwise ops.attention ops.attention_plan "
     "ops.attention_pieces ops.prefix_groups ops.fused_softmax_attention ops.sampling ops.logprobs ops.skinny "
-    "ops.peer_memory model.safetensors_file roofline prediction job.retry job.attempts",
-    "values": "config publish data.results engine.sequence model.config model.rope_config model.fields job.rundir "
-    "job.process job.walltime job.requeues job.vitals job.narrowing",
+    "ops.peer_memory model.safetensors_file model.checkpoint roofline prediction job.retry job.attempts job.failure",
+    "values": "config stretches publish data.results engine.sequence model.config model.rope_config model.fields job.rundir "
+    "job.process job.walltime job.requeues job.vitals job.narrowing job.room",
     "facts": "checks hardware timeline data.schema ops.precision ops.reference ops.reference_attention "
     "ops.reference_penalties ops.reference_sampling ops.reference_logprobs ops.reference_linear topology",
     # Nobody imports the scripts that made the shipped files, and they import nothing but themselves.
@@ -54,6 +54,7 @@ CONTROL_PLANE = (
     "roofline",
     "prediction",
     "stats",
+    "stretches",
     "report",
     "display",
     "bench.command",
@@ -72,6 +73,7 @@ CONTROL_PLANE = (
     "model.config",
     "model.rope_config",
     "model.fields",
+    "model.checkpoint",
 )
 DATA_PLANE = ("worker", "engine", "model", "ops", "bench.ours", "bench.hf", "bench.vllm", "bench.ceilings")
 WITHOUT_TORCH = (

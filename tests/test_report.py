@@ -16,7 +16,7 @@ from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard
 from batchinfer.engine.sequence import StepStats
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.rundir import RunDir
-from batchinfer.report import LogHistogram, _tail, _wall, report, summarise, table
+from batchinfer.report import LogHistogram, report, summarise, table
 from batchinfer.stats import StepRecorder
 
 CHECKED = {"model": {"path": "checkpoint"}, "input": {"paths": ["in"], "prompt_column": "prompt"}}
@@ -68,7 +68,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     for name, last in (("01-0-0", 8), ("01-0-1", 5)):
         (run_dir.replica(name)).mkdir()
         progress = {"beat": 1, "phase": "done", "rows_done": 3, "phases": {"load": 2.5, "first_token": 4.0}}
-        run_dir.progress(name).write_text(json.dumps(progress))
+        times = {"idle_since": 100.0 + last, "last_commit": 100.0 + last - 0.5}
+        run_dir.progress(name).write_text(json.dumps(progress | times))
         gpus = [{"gpu": "h200", "memory_bytes": 1, "uuid": f"GPU-{i}"} for i in range(2)]  # both replicas name the same two
         environment = {"host": "a", "gpus": gpus, "driver": "570.1", "git_commit": "0123456789abcdef-dirty"}
         run_dir.environment(name).write_text(json.dumps(environment | {"versions": {"torch": "2.11"}}))
@@ -92,20 +93,6 @@ def run_dir(tmp_path: Path) -> RunDir:
     return run_dir
 
 
-@pytest.mark.parametrize(
-    ("spans", "wall", "tail"),
-    [
-        ({}, 0, 0),
-        ({"01-0-0": (0, 10), "01-0-1": (1, 7)}, 10, 3),
-        ({"01-0-0": (0, 10), "02-0-0": (100, 105)}, 15, 0),  # resumed after a pause
-        ({"01-0-0": (0, 10), "02-0-0": (2, 12)}, 12, 2),  # two invocations at once
-        ({"01-0-0": (0, 10), "02-0-0": (2, 12), "03-0-0": (11, 13), "04-0-0": (20, 21)}, 14, 0),
-    ],
-)
-def test_time_is_counted_once_and_pauses_not_at_all(spans: dict, wall: float, tail: float) -> None:
-    assert (_wall(spans), _tail(spans)) == (wall, tail)
-
-
 def test_summary(run_dir: RunDir) -> None:
     summary = summarise(run_dir)
     assert (summary["rows"], summary["rows_total"], summary["units"], summary["complete"]) == (6, 9, 2, False)
@@ -114,7 +101,8 @@ def test_summary(run_dir: RunDir) -> None:
     example = {"shard": "a.parquet", "row": 1, "sample": 0, "error_message": "why 1", "first_in": first}
     assert (summary["error_rows"], summary["errors"]) == (2, {"null_prompt": {"rows": 2, **example}})
     assert summary["finish_reasons"] == {"error": 2, "stop": 4}
-    assert (summary["wall_s"], summary["tail_s"], summary["rows_s"], summary["tokens_out_s"]) == (8.0, 3.0, 6 / 8, 20 / 8)
+    assert (summary["wall_s"], summary["rows_s"], summary["tokens_out_s"]) == (8.0, 6 / 8, 20 / 8)
+    assert (summary["tail_s"], summary["tails_s"]) == (2.5, {"01": 2.5})
     assert (summary["steps"], summary["mean_batch_size"], summary["kv_peak_share"], summary["preemptions"]) == (13, 4.0, 0.7, 2)
     assert (summary["prefill_tokens"], summary["prefix_hit_tokens"]) == (26, 78)
     assert summary["ttft_s"]["p50"] == pytest.approx(1.0, rel=0.003)

@@ -21,12 +21,14 @@ from typing import Any
 from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, show
 from batchinfer.data.writer import read_footer
+from batchinfer.job.failure import Failure, read_failure, set_aside
 from batchinfer.job.logs import LogFollower
 from batchinfer.job.node import NodeJob
 from batchinfer.job.placing import Placed, SlurmJobs, handled, identities, place_local, place_slurm, signal_delay, signal_job
 from batchinfer.job.process import STOP_SIGNALS, boot_id, start_time
 from batchinfer.job.replica import DONE, FAILED, STOPPED
 from batchinfer.job.retry import is_complete, unfinished
+from batchinfer.job.room import lasting_error
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.site import check_limits
 from batchinfer.publish import replace_bytes
@@ -51,6 +53,7 @@ def run_job(
         print(f"{run_dir.root}: complete already, so nothing is submitted", flush=True)
         return _finish(run_dir, config)
     number, folder = run_dir.new_submission()
+    set_aside(run_dir, number)
     logs = LogFollower(run_dir, number) if config.verbose else None
     jobs = make_jobs(run_dir, number, config, kind, command)
     with _stop_signals_interrupt(kind):
@@ -64,7 +67,7 @@ def run_job(
         if not config.launcher.wait:
             print(f"watch it with: python -m batchinfer status {run_dir.root} --watch", flush=True)
             return DONE
-        return _wait(run_dir, config, placed, logs)
+        return _wait(run_dir, number, config, placed, logs)
 
 
 def resolve_kind(config: Config) -> str:
@@ -172,6 +175,8 @@ def _run_inline(run_dir: RunDir, config: Config, job: NodeJob, logs: LogFollower
     finally:
         ended.set()
         watching.join()
+    if code == FAILED and _why(run_dir, job.submission):
+        return FAILED  # the job has said it, in this terminal
     if code == STOPPED and not run_dir.is_cancelled(job.submission):
         return _interrupted(run_dir, config)
     return _finish(run_dir, config)
@@ -185,12 +190,15 @@ def _show_inline(run_dir: RunDir, ended: threading.Event, logs: LogFollower | No
         display.watch(run_dir, lambda: not ended.is_set(), on_event=lambda sentence: None, logs=logs)
 
 
-def _wait(run_dir: RunDir, config: Config, placed: Placed, logs: LogFollower | None) -> int:
+def _wait(run_dir: RunDir, number: int, config: Config, placed: Placed, logs: LogFollower | None) -> int:
     from batchinfer import display
 
     try:
-        display.watch(run_dir, placed.alive, logs=logs)
-        _settle(placed)
+        display.watch(run_dir, lambda: placed.alive() and read_failure(run_dir, number) is None, logs=logs)
+        if read_failure(run_dir, number) is None or is_complete(run_dir):
+            _settle(placed)
+        if failure := _why(run_dir, number):
+            return _give_up(run_dir, failure, placed)
         if not is_complete(run_dir):
             for sentence in placed.failures():
                 print(sentence, file=sys.stderr, flush=True)
@@ -205,6 +213,23 @@ def _wait(run_dir: RunDir, config: Config, placed: Placed, logs: LogFollower | N
         except KeyboardInterrupt:
             placed.kill()
         return _interrupted(run_dir, config)
+
+
+def _why(run_dir: RunDir, number: int) -> Failure | None:
+    """Why the submission has failed; what no job could write this process finds out by itself, as it writes to the same disk."""
+    if is_complete(run_dir):
+        return None
+    failure = read_failure(run_dir, number)
+    if failure is None and (error := lasting_error(run_dir.root)):
+        failure = Failure.of_disk(run_dir, error, socket.gethostname(), str(run_dir.submission(number)))
+    return failure
+
+
+def _give_up(run_dir: RunDir, failure: Failure, placed: Placed) -> int:
+    placed.stop()
+    print(f"batchinfer: {failure.sentence(run_dir)}", file=sys.stderr, flush=True)
+    _stop(placed)
+    return FAILED
 
 
 def _settle(placed: Placed) -> None:

@@ -7,6 +7,7 @@ from the start. Where nothing works on any other node, the request is at fault a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -54,6 +55,36 @@ def requeue_elsewhere(run_dir: RunDir, submission: int) -> bool:
     where = f"without {', '.join(nodes)}" if nodes else "for another try"
     print(f"replicas died on {node_name()} that work elsewhere; back into the queue {where}", file=sys.stderr, flush=True)
     return subprocess.run(["sh", "-c", REQUEUE, "requeue", job, exclude]).returncode == 0
+
+
+def cancel_others(running_too: bool) -> None:
+    """Take the other jobs of this one's array out of SLURM's queue; `running_too`: those at work end as well."""
+    array = _array()
+    if array is None:
+        return
+    with contextlib.suppress(FileNotFoundError):  # inside a container: they see for themselves when they start
+        subprocess.run(["scancel", "--state=PENDING", array], check=False)
+        others = [f"{array}_{job}" for job in running_jobs() if f"{array}_{job}" != _job_id()]
+        if running_too and others:
+            subprocess.run(["scancel", *others], check=False)
+
+
+def running_jobs() -> list[int]:
+    """The jobs of this one's array that SLURM has on a node, this one among them; none where it is not known."""
+    array = _array()
+    if array is None:
+        return []
+    asked = ["squeue", "-h", "-r", "-j", array, "-t", "RUNNING", "-o", "%K"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return [int(word) for word in done.stdout.split() if word.isdecimal()]
+
+
+def _array() -> str | None:
+    """None where this job is not an element of ours: somebody's own array may be around an `inline` one."""
+    return os.environ.get("SLURM_ARRAY_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
 
 
 def _job_id() -> str:

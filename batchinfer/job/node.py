@@ -7,6 +7,9 @@ Signals are only noted by handlers and acted on in the loop. SIGTERM, SIGINT and
 torchrun, `grace_s` later SIGKILL to whoever is left. SIGUSR2 is the warning before a time limit or a preemption. Before a
 time limit the replicas stop by themselves, in time (`job.walltime`); before a preemption they are stopped as above. Then the
 handler found (submitit's: checkpoint, requeue, exit) is called, unless the submission's requeues are used up.
+
+A replica that ends as every further try would is not started again. Unless this node alone is at fault (`job.blame`), the whole
+submission has failed, and ends (`job.failure`).
 """
 
 from __future__ import annotations
@@ -23,24 +26,30 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.job.attempts import Gain, record_death
-from batchinfer.job.left_out import has_failed_here, left_out, node_name, requeue_elsewhere
+from batchinfer.job.blame import Inquiry, Verdict, examined, failure_of
+from batchinfer.job.failure import Failure, has_failed, publish_failure
+from batchinfer.job.left_out import cancel_others, has_failed_here, left_out, node_name, requeue_elsewhere
 from batchinfer.job.narrowing import MOST_BARREN
 from batchinfer.job.process import SignalNotes, boot_id, die_with_parent, start_time
 from batchinfer.job.replica import (
     DONE,
     FAILED,
+    FULL,
+    HOPELESS,
     STANDALONE,
     STOPPED,
     Death,
     Replica,
+    leave_death,
     read_progress,
+    say,
     torchrun,
     torchrun_environment,
     wait_all,
-    write_death,
 )
 from batchinfer.job.requeues import count_requeues, record_start
 from batchinfer.job.retry import is_complete
+from batchinfer.job.room import lasting_error
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.span import LeadingReplica, Span, Word, call_together, follow
 from batchinfer.job.walltime import WORK_UNTIL, Walltime
@@ -49,6 +58,10 @@ from batchinfer.publish import replace_bytes
 POLL_S = 0.1
 CANCEL_POLL_S = 1.0
 LINGER_S = 600.0  # more than any KillWait
+
+
+class TooFewDevices(RuntimeError):
+    """A node shows fewer GPUs than its job needs."""
 
 
 def identity_of_job(folder: Path, job: int) -> Path:
@@ -109,11 +122,11 @@ class NodeJob:
         return DelayedSubmission(replace(self))
 
     def devices(self) -> list[tuple[str, ...]]:
-        """The GPUs of each replica. Raises RuntimeError when the node shows fewer than the job needs."""
+        """The GPUs of each replica. Raises TooFewDevices."""
         needed = self.replicas * self.ranks_here
         visible = self._visible(needed)
         if visible and len(visible) < needed:
-            raise RuntimeError(
+            raise TooFewDevices(
                 f"job {self.job} needs {needed} GPUs ({self.replicas} replicas of {self.ranks_here}), but "
                 f"{socket.gethostname()} shows {len(visible)}: CUDA_VISIBLE_DEVICES={','.join(visible)}"
             )
@@ -141,7 +154,7 @@ class _Node:
 
     def __init__(self, job: NodeJob) -> None:
         self.job, self.run_dir = job, RunDir(Path(job.run_dir))
-        job.devices()  # says at once when they are too few
+        self.inquiry = Inquiry(self.run_dir, job.submission)
         self.running: dict[int, Replica] = {}
         self.restarts = dict.fromkeys(range(job.replicas), 0)
         self.barren = dict.fromkeys(range(job.replicas), 0)  # deaths in a row after which nothing had been gained
@@ -149,11 +162,22 @@ class _Node:
         self.walltime = Walltime.of_this_job(job.time_limit_s, job.warning_s)
         self.next_look = 0.0
         self.is_cancelled = False
+        self.has_failed = False  # the submission, as we found or another job did
         self.has_stopped = False  # a replica, by itself
 
     def run(self) -> int:
+        try:
+            return self._run()
+        except OSError:
+            if (error := lasting_error(self.run_dir.root)) is None:
+                raise
+            if not self.has_failed:
+                self._fail(Failure.of_disk(self.run_dir, error, node_name(), str(self.job.folder)))
+            return FAILED
+
+    def _run(self) -> int:
         if self._look_for_cancel():
-            return STOPPED
+            return FAILED if self.has_failed else STOPPED
         record_start(self.job.folder, self.job.job)
         if self._requeues_used_up(count_requeues(self.job.folder) > self.job.max_requeues):
             return STOPPED
@@ -168,6 +192,8 @@ class _Node:
             finally:
                 for replica in self.running.values():
                     replica.kill()
+            if self.has_failed:
+                return FAILED
             if stopped:
                 return self._after_stop(notes)
             if not self.failed or is_complete(self.run_dir):
@@ -186,8 +212,8 @@ class _Node:
         return slurm and count_requeues(self.job.folder) < self.job.max_requeues
 
     def _watch(self, notes: SignalNotes) -> bool:
-        """Until every replica has ended. True: they were stopped."""
-        while self.running:
+        """Until every replica has ended, and it is known why. True: they were stopped."""
+        while self.running or self.inquiry.deaths:
             if self._must_stop(notes):
                 self._stop(notes)
                 return True
@@ -195,6 +221,7 @@ class _Node:
                 code = replica.exit_code()
                 if code is not None:
                     self._ended(slot, replica, code)
+            self._judge()
             time.sleep(POLL_S)
         return notes.stop_asked or self.has_stopped or self._look_for_cancel(now=True)
 
@@ -204,7 +231,10 @@ class _Node:
 
     def _start(self, slot: int) -> None:
         name = self.run_dir.new_replica(f"{self.job.submission:02d}-{self.job.job}-{slot}")
-        self.running[slot] = self._replica(slot, name)
+        try:
+            self.running[slot] = self._replica(slot, name)
+        except TooFewDevices as error:
+            self._hopeless(slot, Death(name, HOPELESS, str(error), str(self.job.folder), node=node_name(), early=True))
 
     def _replica(self, slot: int, name: str) -> Replica:
         job = self.job
@@ -221,11 +251,38 @@ class _Node:
         self.has_stopped |= code == STOPPED
         if code not in (DONE, STOPPED):
             made_progress = replica.has_committed()
-            death = replica.death(code)
-            gain = self._record(death)
             node = node_name() if self.job.nodes == 1 else ""
+            death = examined(self.run_dir, replace(replica.death(code), node=node, early=not made_progress))
+            if death.is_hopeless:
+                return self._hopeless(slot, death)
+            gain = self._record(death)
             early = not (made_progress or gain.of_rows)
-            self._died(slot, replace(death, node=node, early=early), made_progress, gain)
+            self._died(slot, replace(death, early=early), made_progress, gain)
+
+    def _hopeless(self, slot: int, death: Death) -> None:
+        """To try it again here is no use. What it means for the submission shows by what becomes of the others."""
+        self.failed.add(slot)
+        leave_death(self.run_dir, replace(death, undecided=True))
+        self.inquiry.open(death)
+
+    def _judge(self) -> None:
+        verdict = self.inquiry.judge() if self.inquiry.deaths else None
+        if verdict is None:
+            return
+        deaths, self.inquiry.deaths = self.inquiry.deaths, []
+        if verdict is Verdict.REQUEST:
+            return self._fail(failure_of(deaths))
+        for death in deaths:
+            self._tell(death)
+
+    def _fail(self, failure: Failure) -> None:
+        """The submission ends. Where that cannot be written, SLURM ends the other jobs, and this one's exit code tells."""
+        self.has_failed = True
+        say(f"batchinfer: {failure.sentence(self.run_dir)}")
+        told = publish_failure(self.run_dir, self.job.submission, failure)
+        cancel_others(running_too=not told)
+        if not told and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            sys.exit(FULL)
 
     def _record(self, death: Death) -> Gain:
         """Which units may have killed it. Somebody's SIGTERM is none of theirs, nor what the worker lays to its surroundings."""
@@ -253,11 +310,11 @@ class _Node:
             death = replace(death, restarted_as=self.running[slot].name)
         else:
             self.failed.add(slot)
-        print(death.sentence(), file=sys.stderr, flush=True)
-        try:
-            write_death(self.run_dir, death)
-        except OSError as error:  # a full disk is often why it died
-            print(f"cannot write {error.filename} ({error.strerror})", file=sys.stderr, flush=True)
+        self._tell(death)
+
+    def _tell(self, death: Death) -> None:
+        say(death.sentence())
+        leave_death(self.run_dir, death)
 
     def _stop(self, notes: SignalNotes) -> None:
         for replica in self.running.values():
@@ -295,11 +352,12 @@ class _Node:
         return used_up
 
     def _look_for_cancel(self, now: bool = False) -> bool:
-        """Whether `cancel` was asked of this run; looks at the disk once a second."""
+        """Whether `cancel` was asked of this run, or the submission has failed; looks at the disk once a second."""
         if now or time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + CANCEL_POLL_S
             self.is_cancelled = self.run_dir.is_cancelled(self.job.submission)
-        return self.is_cancelled
+            self.has_failed = self.has_failed or has_failed(self.run_dir, self.job.submission)
+        return self.is_cancelled or self.has_failed
 
     def _write_identity(self) -> None:
         pid = os.getpid()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,11 @@ from batchinfer.config import Config, ConfigError
 from batchinfer.job.left_out import left_out
 from batchinfer.job.node import NodeJob, identity_of_job
 from batchinfer.job.process import boot_id, is_alive, kill_marked, send
-from batchinfer.job.replica import mark_of_job
+from batchinfer.job.replica import FULL, mark_of_job
 from batchinfer.job.rundir import RunDir
 
 SQUEUE_EVERY_S = 10.0
+HARD_ENDS = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
 
 
 class Placed(Protocol):
@@ -111,7 +113,29 @@ class SlurmJobs:
         self.stop()
 
     def failures(self) -> list[str]:
-        return []  # sacct and the job's log tell
+        """What SLURM says of those that it saw fail: they could not say it themselves."""
+        done = subprocess.run(["scontrol", "show", "job", "--oneliner", self.array], capture_output=True, text=True)
+        return slurm_failures(done.stdout)
+
+
+def slurm_failures(shown: str) -> list[str]:
+    """Of lines of `scontrol show job --oneliner`, which knows ended jobs for some minutes: a sentence for each way in which jobs
+    failed. For SLURM a job that says itself how it fails has ended well."""
+    ends: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for line in shown.splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if fields.get("JobState") in HARD_ENDS:
+            number = fields.get("ArrayTaskId")
+            name = f"{fields['ArrayJobId']}_{number}" if number else fields["JobId"]
+            state = fields["JobState"] if fields["Reason"] == "None" else fields["Reason"]
+            ends[state, fields["ExitCode"]].append((name, fields["NodeList"]))
+    return [_slurm_failure(state, code, jobs) for (state, code), jobs in ends.items()]
+
+
+def _slurm_failure(state: str, code: str, jobs: Sequence[tuple[str, str]]) -> str:
+    names, nodes = (", ".join(sorted(set(words))) for words in zip(*jobs, strict=True))
+    hint = "is the run directory there, and can it be written? " if state == "JobLaunchFailure" or code == f"{FULL}:0" else ""
+    return f"jobs {names} failed on {nodes} without a word of their own; {hint}SLURM says {state}, exit code {code}"
 
 
 def place_local(config: Config, folder: Path, jobs: Sequence[NodeJob]) -> LocalJobs:

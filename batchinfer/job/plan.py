@@ -5,57 +5,71 @@ Everything here is known from the config, Parquet footers and a few hundred samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchinfer.config import Config, ConfigError, HardwareConfig
+from batchinfer.config import Config, ConfigError, HardwareConfig, ModelConfig, show
 from batchinfer.data.prompts import check_columns
 from batchinfer.data.reader import InputSet, scan_shards
 from batchinfer.data.schema import RowRange, Shard, Unit
 from batchinfer.job.demand import Sampled, prompt_builder, sample_input
 from batchinfer.job.layout import Layout, choose, layouts, resolve_gpu
 from batchinfer.job.manifest import Manifest, request_of
+from batchinfer.job.room import check_room
 from batchinfer.job.rundir import RunDir
 from batchinfer.memory import MemoryPlan, max_model_len
+from batchinfer.model.checkpoint import check_files
 from batchinfer.model.config import ModelShape, load_shape, resolve_dtype
 from batchinfer.prediction import Demand
 
-TAIL_SHARE = 4  # a unit holds at most a quarter of what is left, so that the last ones are small
+TAIL_SHARE = 4  # a unit holds at most a quarter of what is left, so that the last ones are small,
+REPLICA_SHARE = 2  # and at most half of what is left for each replica, so that none is still at a large one when others end
 SMALLEST_SHARE = 8  # but not less than an eighth of rows_per_unit
 
 
-def cut_units(shards: Sequence[Shard], rows_per_unit: int, limit: int | None) -> tuple[Unit, ...]:
+def cut_units(shards: Sequence[Shard], rows_per_unit: int, limit: int | None, replicas: int = 1) -> tuple[Unit, ...]:
     """Cuts the first `limit` rows into units of at most `rows_per_unit` rows, in input order, each row once.
 
     A unit is one range of one shard; shards smaller than it share one, and so does a rest of a shard of less than half a unit.
-    Towards the end units shrink from a quarter of what is left down to an eighth of `rows_per_unit`, so that replicas finish
-    together. Linear in shards and units.
+    Towards the end units shrink with what is left, the sooner the more `replicas` there are to share it, down to an eighth of
+    `rows_per_unit`: so replicas finish together. Linear in shards and units.
     """
+    share = max(TAIL_SHARE, REPLICA_SHARE * replicas)
     total = sum(shard.num_rows for shard in shards)
     left = total if limit is None else min(limit, total)
     units: list[Unit] = []
     ranges: list[RowRange] = []
-    space = target = _unit_size(left, rows_per_unit)
+    space = target = _unit_size(left, rows_per_unit, share)
     for number, shard in enumerate(shards):
         start, stop = 0, min(shard.num_rows, left)
         if stop > space and space <= target // 2:
             units.append(tuple(ranges))
-            ranges, space = [], (target := _unit_size(left, rows_per_unit))
+            ranges, space = [], (target := _unit_size(left, rows_per_unit, share))
         while start < stop:
             taken = min(space, stop - start)
             ranges.append(RowRange(number, start, start + taken))
             start, left, space = start + taken, left - taken, space - taken
             if space == 0:
                 units.append(tuple(ranges))
-                ranges, space = [], (target := _unit_size(left, rows_per_unit))
+                ranges, space = [], (target := _unit_size(left, rows_per_unit, share))
     return tuple([*units, tuple(ranges)] if ranges else units)
 
 
-def _unit_size(left: int, rows_per_unit: int) -> int:
+def _unit_size(left: int, rows_per_unit: int, share: int) -> int:
     smallest = max(1, rows_per_unit // SMALLEST_SHARE)
-    return min(rows_per_unit, max(smallest, left // TAIL_SHARE))
+    return min(rows_per_unit, max(smallest, left // share))
+
+
+def _most_replicas(config: Config) -> int:
+    """That this submission may have: the layout is chosen by a sample of the units, so they are cut before it is known."""
+    hw, nodes = config.hw, config.launcher.nodes
+    if hw.nodes_per_replica > 1:
+        return nodes // hw.nodes_per_replica
+    return nodes * hw.gpus_per_node // (1 if hw.tensor_parallel == "auto" else int(hw.tensor_parallel))
 
 
 @dataclass(frozen=True)
@@ -141,26 +155,39 @@ def make_plan(config: Config, sample: bool = False) -> Plan:
     """
     inputs = scan_shards(config.input.paths)
     columns = check_columns(inputs.schema, config)
-    units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit)
+    units = cut_units(inputs.shards, config.input.rows_per_unit, config.input.limit, _most_replicas(config))
     sampled = None
-    if sample or resolve_gpu(config.hw).gpu is not None:
-        sampled = sample_input(config, load_shape(config.model), inputs, units)
-    return Plan(config, inputs, columns, units, sampled, fit(config, sampled.demand if sampled else None))
+    with _readable(config.model.path):
+        if sample or resolve_gpu(config.hw).gpu is not None:
+            sampled = sample_input(config, load_shape(config.model), inputs, units)
+        return Plan(config, inputs, columns, units, sampled, fit(config, sampled.demand if sampled else None))
+
+
+@contextlib.contextmanager
+def _readable(model: str | None) -> Iterator[None]:
+    """A file of the checkpoint that is there and cannot be read is the request's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if model is None or error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(model):
+            raise
+        cannot = f"cannot read {error.filename} ({error.strerror})"
+        raise ConfigError(f"{show('model.path', model)}: {cannot}; it must be a checkpoint folder that you may read") from error
 
 
 def freeze(plan: Plan) -> RunDir:
     """Creates the run of a request, or finds that it exists and is the same. Raises ConfigError when it is another.
 
-    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates, the format of the weights.
+    What could only fail on a GPU node otherwise is tried first: memory, tokenizer, templates, the files of the weights, and
+    whether the output folder can be written and has room.
     """
     config = _with_dtype(plan.config, _require_fit(plan.fitted))
-    prompt_builder(config, plan.fitted.shape)
     run_dir = RunDir(Path(str(config.output.dir)).absolute())
-    request = request_of(config, plan.inputs.shards, plan.inputs.schema)
-    if config.model.load_format == "safetensors" and request["model.weights_headers"] is None:
-        raise ConfigError(
-            f"model.path={config.model.path}: holds no *.safetensors file, and weights of no other format can be loaded"
-        )
+    with _readable(config.model.path):
+        prompt_builder(config, plan.fitted.shape)
+        request = request_of(config, plan.inputs.shards, plan.inputs.schema)
+        _check_weights(config.model, request)
+    check_room(run_dir.root)
     if run_dir.manifest_json.exists():
         manifest = Manifest.load(run_dir)
         _same_units(config, manifest)
@@ -168,6 +195,14 @@ def freeze(plan: Plan) -> RunDir:
     else:
         Manifest.create(run_dir, config, plan.inputs, plan.columns, plan.units, request)
     return run_dir
+
+
+def _check_weights(model: ModelConfig, request: dict[str, Any]) -> None:
+    if model.load_format != "safetensors":
+        return
+    if request["model.weights_headers"] is None:
+        raise ConfigError(f"model.path={model.path}: holds no *.safetensors file, and weights of no other format can be loaded")
+    check_files(Path(str(model.path)))
 
 
 def _same_units(config: Config, manifest: Manifest) -> None:

@@ -24,12 +24,14 @@ from typing import Any
 import batchinfer
 from batchinfer.job.process import MARK, command_of_child, kill_marked, send
 from batchinfer.job.rundir import RunDir, parse_completion
-from batchinfer.job.vitals import FOLDER, Vitals
+from batchinfer.job.vitals import FOLDER, LastWord, Vitals
 from batchinfer.job.watchdog import Watchdog
 from batchinfer.publish import replace_bytes
 
 DONE, FAILED, STOPPED = 0, 1, 3  # exit codes of a worker, and of a job
 BEREAVED = 4  # exit code of a worker that ended because another rank of its replica had died
+# Exit codes of a worker that failed as every other try would. FULL: there is no space for the run's files, wherever it works.
+HOPELESS, FULL = 5, 6
 TAIL_BYTES = 65536
 SENTENCE = "batchinfer: "  # begins the line in which a worker says why it fails
 TRACEBACK = "Traceback (most recent call last):"
@@ -48,6 +50,11 @@ class Death:
     restarted_as: str | None = None
     node: str = ""  # by SLURM's name; empty when it spanned several
     early: bool = False  # before it had committed anything, and not by rows
+    undecided: bool = False  # whether it is this node's fault or the request's: then it is not told yet
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.exit_code in (HOPELESS, FULL)
 
     def sentence(self) -> str:
         then = f"restarted as {self.restarted_as}" if self.restarted_as else "not restarted"
@@ -95,6 +102,7 @@ class Replica:
         full = [*command, str(run_dir.root), "--replica", name, "--submission", str(submission)]
         self._vitals = Vitals.make()
         self._process = self._start(command_of_child(full, setup), {**env, MARK: self._mark, FOLDER: str(self._vitals.folder)})
+        self._last_word: LastWord | None = None
         self._watchdog = Watchdog(self._vitals, self._mark, stall_timeout_s)
         self._watchdog.start()
 
@@ -114,7 +122,8 @@ class Replica:
         if code is None or code == DONE:
             return code
         first = first_failure(_tail(self.log))
-        return first.exit_code if first else code
+        self._last_word = self._last_word or self._vitals.last_word()
+        return first.exit_code if first else self._last_word.exit_code if self._last_word else code
 
     def terminate(self) -> None:
         """Ask it to stop gracefully; torchrun hands the signal on to its ranks."""
@@ -152,6 +161,8 @@ class Replica:
             return self._stalled(self._watchdog.verdict)
         tail = _tail(self.log)
         first = first_failure(tail)
+        if first is None and self._last_word is not None:  # torchrun could not even say how it ended: a full disk cuts logs
+            return self._last_word.sentence
         if first is None or first.rank == 0:
             told = read_progress(self._run_dir, self.name).get("error")
             if told:
@@ -204,6 +215,20 @@ def read_progress(run_dir: RunDir, name: str) -> dict[str, Any]:
 
 def write_death(run_dir: RunDir, death: Death) -> None:
     replace_bytes(run_dir.replica(death.replica) / "died.json", json.dumps(asdict(death)).encode())
+
+
+def say(sentence: str) -> None:
+    """Into the job's log, which a full disk may not take."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def leave_death(run_dir: RunDir, death: Death) -> None:
+    """As far as it can be written: a full disk is often why it died."""
+    try:
+        write_death(run_dir, death)
+    except OSError as error:
+        say(f"cannot write {error.filename} ({error.strerror})")
 
 
 def read_death(run_dir: RunDir, name: str) -> Death | None:

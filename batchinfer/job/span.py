@@ -9,6 +9,7 @@ requeues the element, and so it does when a task dies (`srun --kill-on-bad-exit`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from batchinfer.job.replica import Death, Replica
+from batchinfer.job.replica import FULL, HOPELESS, Death, Replica
 from batchinfer.job.rundir import RunDir
 from batchinfer.publish import replace_bytes
 
@@ -125,7 +126,8 @@ class LeadingReplica(Replica):
             time.sleep(LISTEN_S)
         ends = [self._own_end, *(report for _, report in sorted(self._reports.items()))]
         told = "; ".join(f"{end.host}: {end.reason}" for end in ends if end is not None and end.reason)
-        return Death(self.name, exit_code, told, str(self.log))
+        hopeless = (end.exit_code for end in ends if end is not None and end.exit_code in (HOPELESS, FULL))
+        return Death(self.name, next(hopeless, None) or exit_code, told, str(self.log))
 
     def _listen(self, now: bool = False) -> dict[int, Report]:
         if now or time.monotonic() >= self._next_look:
@@ -165,7 +167,8 @@ def _look_after(part: Replica, word: Word, span: Span, run_dir: RunDir) -> Repli
         part.leave_stacks()
     part.kill()
     report = Report(socket.gethostname(), code, part.death(code).reason if code else None)
-    replace_bytes(_report_path(run_dir, part.name, span.node), json.dumps(asdict(report)).encode())
+    with contextlib.suppress(OSError):  # a full disk: the leader finds out by itself
+        replace_bytes(_report_path(run_dir, part.name, span.node), json.dumps(asdict(report)).encode())
     return None
 
 

@@ -1,4 +1,4 @@
-"""What each rank of a replica leaves for the watchdog of its node: a few bytes that both have mapped, and its Python stacks.
+"""What each rank of a replica leaves for its node: a few bytes that both have mapped, its Python stacks, and why it failed.
 
 They lie in this host's memory and not in the run directory, because whoever watches for a stuck file system must not wait for it.
 The folder is named in the environment of the ranks. A rank beats from the thread that does its work, never from one beside it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import faulthandler
+import json
 import mmap
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from batchinfer.job.process import start_time
+from batchinfer.publish import replace_bytes
 
 FOLDER = "BATCHINFER_VITALS"
 STACKS_SIGNAL = signal.SIGUSR1  # neither torchrun nor SLURM sends it
@@ -90,6 +92,21 @@ class Pulse:
         LAYOUT.pack_into(self._memory, 0, self._beats, self.step, self.phase, os.getpid())
 
 
+@dataclass(frozen=True)
+class LastWord:
+    """Why a rank failed, for when the disk that its log is on takes nothing any more."""
+
+    exit_code: int
+    sentence: str
+
+    def leave(self, environment: Mapping[str, str] = os.environ) -> None:
+        """For the node that started this rank, if one did."""
+        if folder := environment.get(FOLDER):
+            path = Path(folder) / f"word-rank{environment.get('RANK', '0')}.json"
+            with contextlib.suppress(OSError):  # memory may be full as well
+                replace_bytes(path, json.dumps([self.exit_code, self.sentence]).encode())
+
+
 class Vitals:
     """The node's end, for one replica: a folder with what its ranks on this host left."""
 
@@ -117,6 +134,11 @@ class Vitals:
         _, file = self._ranks[rank]
         file.seek(0)
         return file.read()
+
+    def last_word(self) -> LastWord | None:
+        """Of the rank that had one first."""
+        paths = sorted(self.folder.glob("word-rank*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return LastWord(*json.loads(paths[0].read_bytes())) if paths else None
 
     def _open(self, rank: int) -> None:
         with open(self.folder / f"rank{rank}", "rb") as file:

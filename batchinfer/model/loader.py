@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import time
 from collections.abc import Collection, Iterator
@@ -25,12 +24,12 @@ from torch import Tensor
 from batchinfer.config import ConfigError, ModelConfig
 from batchinfer.hardware import usable_cores
 from batchinfer.memory import gib
+from batchinfer.model.checkpoint import cut_short, files_by_tensor, lacks, open_weights
 from batchinfer.model.config import ModelShape
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.layers import WeightSlice
 from batchinfer.model.safetensors_file import NotSafetensors, SafetensorsFile, StoredTensor
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKPOINT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MAX_READERS = 8  # threads; one copies about 8 GB/s out of the page cache, a host link of PCIe 5 takes 55
 PIECE_BYTES = 8 << 20  # of the checkpoint: large beside the Python around it, small enough that pinning takes no time
@@ -70,11 +69,11 @@ def load_weights(model: Decoder, shape: ModelShape, model_cfg: ModelConfig, seed
 def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None, device: torch.device) -> int:
     if path is None:
         raise ConfigError("model.path is null: give a checkpoint folder, or model.load_format=random for weights without one")
-    files = _files_by_tensor(Path(path))
+    files = files_by_tensor(Path(path))
     _require_same_names(path, {wish.name for wish in slices}, set(files), shape.tie_word_embeddings)
     with contextlib.ExitStack() as stack:
         paths = {files[wish.name] for wish in slices}
-        opened = {path: stack.enter_context(contextlib.closing(_open(path))) for path in paths}
+        opened = {path: stack.enter_context(contextlib.closing(open_weights(path))) for path in paths}
         pieces = [piece for wish in slices for piece in _pieces(opened[files[wish.name]], wish)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.tensor.begin, piece.rows.start))
         return _load(pieces, device)
@@ -95,20 +94,6 @@ def _use(device: torch.device) -> None:
     """A thread begins with the first GPU, whatever the others have chosen."""
     if device.index is not None:
         torch.cuda.set_device(device)
-
-
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    """Which file of a checkpoint holds which tensor."""
-    index, single = folder / INDEX, folder / SINGLE
-    if index.exists():
-        try:
-            return {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is not an index of safetensors: it must be JSON with a weight_map") from None
-    if not single.exists():
-        raise ConfigError(f"model.path={folder} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be loaded")
-    with contextlib.closing(_open(single)) as file:
-        return dict.fromkeys(file.tensors, single)
 
 
 def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
@@ -132,24 +117,11 @@ def _names(names: Collection[str]) -> str:
     return f"{count} ({', '.join(ordered[:MAX_NAMES])}{', ...' if len(ordered) > MAX_NAMES else ''})"
 
 
-def _open(path: Path) -> SafetensorsFile:
-    try:
-        return SafetensorsFile(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: the checkpoint's index names it") from None
-    except NotSafetensors as error:
-        raise _cut_short(path, error) from None
-
-
-def _cut_short(path: Path, error: NotSafetensors) -> ConfigError:
-    return ConfigError(f"{path} is not a safetensors file, or it is cut short: {error}")
-
-
 def _find(file: SafetensorsFile, wish: WeightSlice) -> StoredTensor:
     """ConfigError where the tensor is not what config.json calls for."""
     tensor = file.tensors.get(wish.name)
     if tensor is None:
-        raise ConfigError(f"{file.path} lacks {wish.name}, which the checkpoint's index says it holds")
+        raise lacks(file.path, wish.name)
     if tensor.shape != wish.shape:
         raise ConfigError(
             f"{file.path}: {wish.name} has shape {list(tensor.shape)}, but config.json calls for {list(wish.shape)}"
@@ -230,7 +202,7 @@ class _Staging:
             values = room.view(-1).view(CHECKPOINT_DTYPES[piece.tensor.dtype]).view(piece.destination.shape)
             self._send(values, piece.destination, buffer)
         except NotSafetensors as error:
-            raise _cut_short(piece.file.path, error) from None
+            raise cut_short(piece.file.path, error) from None
         finally:
             self._free.put(buffer)
         return piece.destination.nbytes

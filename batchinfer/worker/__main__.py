@@ -3,17 +3,20 @@
 Rank 0 owns claims, rows, tokenizer, scheduler and commits; the other ranks only follow its batches. The worker knows
 neither Hydra nor SLURM: the run directory says what to do. Exit code 0: nothing is left to do; 3: it was asked to stop
 (SIGTERM, SIGINT, `cancel`) and has given its claims back; 1: it failed, and said why in a line that begins `batchinfer:`;
-4: another rank of its replica had died, which is the one to ask why.
+4: another rank of its replica had died, which is the one to ask why; 5: it failed as every other try would; 6: there was no space
+left for the run's files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,19 +24,21 @@ from pathlib import Path
 
 import torch
 
+from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
-from batchinfer.data.reader import InputChanged, InputUnreadable
 from batchinfer.engine.engine import build_engine, serve
 from batchinfer.engine.model_runner import build_runner
-from batchinfer.job.manifest import Manifest, OtherWeights
+from batchinfer.job.failure import cannot_write
+from batchinfer.job.manifest import Manifest
 from batchinfer.job.process import die_with_parent
-from batchinfer.job.replica import BEREAVED, DONE, FAILED, SENTENCE, STOPPED
+from batchinfer.job.replica import BEREAVED, DONE, FULL, SENTENCE, STOPPED
 from batchinfer.job.rundir import RunDir
-from batchinfer.job.vitals import Phase, Pulse
+from batchinfer.job.vitals import LastWord, Phase, Pulse
 from batchinfer.job.walltime import WORK_UNTIL
 from batchinfer.model.config import load_shape
 from batchinfer.model.parallel import TensorParallel, init_distributed
 from batchinfer.worker.environment import write_environment
+from batchinfer.worker.faults import OUTSIDE, exit_code, sentence
 from batchinfer.worker.peers import PeerDied, Peers
 from batchinfer.worker.progress import Progress
 from batchinfer.worker.replica import Assignment, Replica, process_age
@@ -42,8 +47,6 @@ log = logging.getLogger(__name__)
 
 HAND_OVER_S = 0.0002  # for which a thread may hold the interpreter while the engine's thread asks for it; Python's: 0.005
 COLLECT_AFTER = 50_000  # new objects that still live, instead of Python's 700: two steps of a large batch make as many
-# What fails for these reasons says nothing of the rows that were at work.
-OUTSIDE = (OSError, ConfigError, InputChanged, InputUnreadable, OtherWeights)
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,23 @@ def choose_device(config: Config) -> torch.device:
     """The rank's own GPU where the tier has GPUs, else the CPU."""
     if config.hw.gpu is None or (config.hw.gpu == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"hw.gpu={config.hw.gpu} but PyTorch {torch.__version__} sees no GPU here; choose hw=cpu or mend the driver"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
+        raise ConfigError(no_gpu(config, torch.cuda.device_count()))
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def no_gpu(config: Config, seen: int) -> str:
+    """Why this rank has none, with the versions that have to fit each other."""
+    driver = hardware.driver_version()
+    found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
+    return (
+        f"hw.gpu={config.hw.gpu}: PyTorch {torch.__version__} for CUDA {torch.version.cuda} sees "
+        f"{seen or 'no'} GPU{'s' if seen > 1 else ''} on {socket.gethostname()}, which has {found}; choose nodes with a driver "
+        "that is new enough, or hw=cpu"
+    )
 
 
 def lead(
@@ -154,9 +167,15 @@ def step_before_all_else() -> None:
     sys.setswitchinterval(HAND_OVER_S)
 
 
-def sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+def tell(error: Exception, run_dir: RunDir) -> int:
+    """Why this rank fails: to its node, which hears it even when no disk takes it, and to its log. Returns the exit code."""
+    code = exit_code(error, run_dir.root)
+    words = cannot_write(run_dir, error) if code == FULL and isinstance(error, OSError) else sentence(error)
+    LastWord(code, words).leave()
+    with contextlib.suppress(OSError):
+        print(f"{SENTENCE}{words}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
+        traceback.print_exc()
+    return code
 
 
 def main(argv: list[str]) -> int:
@@ -185,9 +204,7 @@ def main(argv: list[str]) -> int:
         log.error("%s", error, exc_info=error)
         os._exit(BEREAVED)  # at once: threads of a process group abort a process that exits in order
     except Exception as error:
-        print(f"{SENTENCE}{sentence(error)}", file=sys.stderr, flush=True)  # first: a full disk may take no more than this
-        traceback.print_exc()
-        return FAILED
+        return tell(error, arguments.run_dir)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class Progress:
         self._beat = 0
         self._phase = "starting"
         self._error: str | None = None
+        self._idle_since: float | None = None  # nothing is running, and nothing was found to claim; seconds since the Unix epoch
+        self._last_commit: float | None = None
         self._gauges: Callable[[], dict[str, Any]] = dict
         self._rates = Rates()
         self._lock = threading.Lock()
@@ -46,6 +48,10 @@ class Progress:
         """The main loop went round, or a commit ended."""
         self._beat += 1
 
+    def committed(self) -> None:
+        """A unit has just been committed."""
+        self._last_commit = time.time()
+
     def watch(self, gauges: Callable[[], dict[str, Any]]) -> None:
         self._gauges = gauges
 
@@ -53,6 +59,7 @@ class Progress:
         """A new phase (see `Replica`), on disk at once."""
         if (phase, error) != (self._phase, self._error):
             self._phase, self._error = phase, error
+            self._idle_since = (self._idle_since or time.time()) if phase in ("waiting", "done") else None
             self.tick()
             self._write()
 
@@ -75,6 +82,8 @@ class Progress:
                 "is_outside": self.is_outside,
                 "held": self.held,
                 "phases": self.phases,
+                "idle_since": self._idle_since,
+                "last_commit": self._last_commit,
                 "process": self._process,
                 **gauges,
                 **self._rates.update(gauges),

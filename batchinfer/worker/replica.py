@@ -126,7 +126,7 @@ class Replica:
             tokenizer,
             schema,
             self._before_commit,
-            self._source.look,
+            self._after_commit,
             lambda: pulse.beat(Phase.COMMITTING),
         )
         self._prompt_tokens = self._completion_tokens = 0  # computed so far, of finished rows and others
@@ -260,6 +260,10 @@ class Replica:
         self._origins.join()
         self._recorder.flush()
         self._progress.tick()
+
+    def _after_commit(self) -> None:
+        self._progress.committed()
+        self._source.look()
 
     def _record_origins(self) -> None:
         """What committed rows come from: it is there before them."""

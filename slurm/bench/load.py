@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from batchinfer.compose import compose
 from batchinfer.hardware import usable_cores
-from batchinfer.model import loader
+from batchinfer.model import checkpoint, loader
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.decoder import Decoder
 from batchinfer.model.parallel import TensorParallel, init_distributed
@@ -71,7 +71,7 @@ def make_checkpoint(folder: Path, shape: ModelShape, architecture: dict[str, Any
         write_file(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     (folder / "config.json").write_text(json.dumps({**architecture, "torch_dtype": "bfloat16"}))
-    (folder / loader.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def write_file(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
@@ -189,7 +189,7 @@ def main() -> None:
     loader.MAX_READERS, loader.PIECE_BYTES = args.readers, int(args.piece_mib * (1 << 20))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", "0")) if args.device == "cuda" else None)
     parallel = init_distributed(device)
-    if parallel.rank == 0 and not (args.folder / loader.INDEX).exists():
+    if parallel.rank == 0 and not (args.folder / checkpoint.INDEX).exists():
         model = compose([*words, "input=sample"], planning=True).model
         make_checkpoint(args.folder, load_shape(model), model.architecture, int(args.file_gib * (1 << 30)))
     together(parallel)

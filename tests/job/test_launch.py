@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from batchinfer import hardware
 from batchinfer.config import Config, ConfigError, from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import RowRange, Shard
+from batchinfer.job import launch
 from batchinfer.job.launch import cancel_jobs, check_placeable, make_jobs, resolve_kind, run_job, stop_signals
 from batchinfer.job.manifest import Manifest
+from batchinfer.job.placing import slurm_failures
 from batchinfer.job.process import marked
 from batchinfer.job.replica import mark_of_job
 from batchinfer.job.rundir import RunDir
@@ -111,6 +114,45 @@ def test_dead_replica_is_told_in_the_launching_terminal(tmp_path: Path, capfd: p
     err = capfd.readouterr().err
     assert f"(the model is torn); not restarted; log: {run_dir.replica('01-0-0')}/log.txt" in err
     assert f"resume {run_dir.root}" in err
+
+
+def test_a_failure_on_a_node_is_one_sentence_and_ends_the_other_jobs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The other one has hardly begun when the first finds out, and would sleep for long."""
+    run_dir = make_run(tmp_path)
+    body = """
+        other = run / "replicas" / "01-1-0" / "died.json"
+        if "-1-" in name:
+            judged = dict(replica=name, exit_code=5, reason="", log="", undecided=True)  # or the first would wait for it
+            other.write_text(json.dumps(judged))
+            time.sleep(100)
+        while not other.exists():
+            time.sleep(0.1)
+        print("batchinfer: the model is torn", flush=True)
+        sys.exit(5)
+    """
+    config = make_config(launcher={"kind": "local", "nodes": 2})
+    assert run_job(run_dir, config, command(tmp_path, body)) == 1
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"batchinfer: the model is torn \(found by replica 01-0-0 on .*\); .* resume .*\n", err), err
+    assert out.count("\n") == 2, "where it was submitted, and how far it is"
+    assert marked(mark_of_job(run_dir, 1)) == []
+
+
+def test_inline_it_is_one_sentence_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path)
+    worker = command(tmp_path, "print('batchinfer: the model is torn', flush=True); sys.exit(5)")
+    assert run_job(run_dir, make_config(launcher={"kind": "inline"}), worker) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("batchinfer: the model is torn (found by replica 01-0-0 on ") and err.count("\n") == 1, err
+
+
+def test_what_no_job_could_write_the_launcher_finds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run(tmp_path)
+    number, _ = run_dir.new_submission()
+    assert launch._why(run_dir, number) is None
+    monkeypatch.setattr(launch, "lasting_error", lambda folder: OSError(errno.EROFS, "Read-only file system"))
+    found = launch._why(run_dir, number)
+    assert found and found.reason == f"output.dir={run_dir.root} cannot be written any more: Read-only file system"
 
 
 def test_too_many_error_rows_give_one(tmp_path: Path) -> None:
@@ -217,6 +259,27 @@ def test_slurm_is_cancelled_by_scancel(tmp_path: Path, cluster: Path) -> None:
     write_program(cluster / "squeue", "echo 123")
     assert cancel_jobs(run_dir) == 1
     assert (tmp_path / "cancelled").read_text() == "123\n"
+
+
+def test_what_slurm_says_of_jobs_that_could_say_nothing() -> None:
+    """As `scontrol show job --oneliner` prints them, with most fields left out."""
+    form = "JobId={} ArrayJobId=7 ArrayTaskId={} JobName=a b JobState={} Reason={} ExitCode={} ReqNodeList=(null) NodeList={}"
+    launch = ("FAILED", "JobLaunchFailure", "0:53")
+    jobs = [
+        (7, 2, *launch, "n3"),
+        (8, 0, *launch, "n1"),
+        (9, 1, "COMPLETED", "None", "0:0", "n2"),
+        (10, 3, "NODE_FAIL", "None", "1:0", "n4"),
+    ]
+    assert slurm_failures("\n".join(form.format(*job) for job in jobs)) == [
+        "jobs 7_0, 7_2 failed on n1, n3 without a word of their own; is the run directory there, and can it be written? "
+        "SLURM says JobLaunchFailure, exit code 0:53",
+        "jobs 7_3 failed on n4 without a word of their own; SLURM says NODE_FAIL, exit code 1:0",
+    ]
+    assert slurm_failures("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=6:0 NodeList=n1")[0].startswith(
+        "jobs 7 failed"
+    )
+    assert slurm_failures("slurm_load_jobs error: Invalid job id specified") == []
 
 
 def test_auto_kind(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

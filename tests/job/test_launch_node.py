@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,10 +20,21 @@ import pytest
 from batchinfer.config import from_dict
 from batchinfer.data.reader import InputSet
 from batchinfer.data.schema import FOOTER_KEY, RowRange, Shard, UnitFooter
+from batchinfer.job import left_out, node
+from batchinfer.job.failure import Cause, Failure, publish_failure, read_failure
 from batchinfer.job.manifest import Manifest
 from batchinfer.job.node import NodeJob
 from batchinfer.job.process import marked
-from batchinfer.job.replica import BEREAVED, RankFailure, first_failure, last_words, mark_of_job, read_death
+from batchinfer.job.replica import (
+    BEREAVED,
+    FULL,
+    HOPELESS,
+    RankFailure,
+    first_failure,
+    last_words,
+    mark_of_job,
+    read_death,
+)
 from batchinfer.job.rundir import RunDir
 
 WORKER = """
@@ -203,8 +215,87 @@ def test_cancelled_run_is_stopped_and_not_started_again(tmp_path: Path) -> None:
 
 def test_too_few_devices_is_said(tmp_path: Path) -> None:
     job = node_job(make_run(tmp_path), ("true",), replicas=2, visible_devices=("0",))
-    with pytest.raises(RuntimeError, match="needs 2 GPUs"):
+    assert job() == 1
+    failure = read_failure(RunDir(Path(job.run_dir)), 1)
+    assert failure is not None and "job 0 needs 2 GPUs (2 replicas of 1), but " in failure.reason
+
+
+def test_a_hopeless_death_ends_the_submission(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Though it had committed something: an exit code says that no other try would do."""
+    run_dir = make_run(tmp_path, units=3)
+    body = f"commit(len(os.listdir(run / 'completions'))); print('batchinfer: the input changed'); sys.exit({HOPELESS})"
+    job = node_job(run_dir, worker(tmp_path, body))
+    assert job() == 1
+    assert os.listdir(run_dir.replicas) == ["01-0-0"] and len(run_dir.done_units()) == 1
+    failure = read_failure(run_dir, 1)
+    assert failure is not None
+    assert (failure.reason, failure.cause, failure.replica) == ("the input changed", Cause.REQUEST, "01-0-0")
+    said = capfd.readouterr().err
+    assert said == f"batchinfer: {failure.sentence(run_dir)}\n"
+    assert replace(job, job=1)() == 1 and os.listdir(run_dir.replicas) == ["01-0-0"], "it starts no replica any more"
+    assert node_job(run_dir, worker(tmp_path, "commit(len(os.listdir(run / 'completions')))"))() == 0, "another submission does"
+
+
+def test_a_job_stops_when_another_finds_the_submission_failed(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    body = "signal.signal(15, lambda *_: (say(stopped=1), os._exit(3))); say(ready=1); time.sleep(100)"
+    process = in_background(node_job(run_dir, worker(tmp_path, body), grace_s=10.0))
+    progress = run_dir.progress("01-0-0")
+    eventually(lambda: progress.exists() and "ready" in progress.read_text())
+    publish_failure(run_dir, 1, Failure("it cannot be", Cause.REQUEST, "01-1-0", "n2", "log.txt"))
+    assert process.wait(20) == 1
+    assert "stopped" in progress.read_text()
+
+
+def test_where_the_same_works_elsewhere_the_submission_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path)
+    job = node_job(run_dir, worker(tmp_path, f"sys.exit({HOPELESS})"))
+    run_dir.replica("01-1-0").mkdir()
+    run_dir.progress("01-1-0").write_text(json.dumps({"phase": "running", "process": {"host": "n2"}}))
+    assert job() == 1
+    assert read_failure(run_dir, 1) is None
+    death = read_death(run_dir, "01-0-0")
+    assert death and death.early and not death.undecided and death.sentence() in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_although_no_log_takes_it(tmp_path: Path) -> None:
+    """Others work still, and will find it full too."""
+    run_dir = make_run(tmp_path)
+    word = f"Path(os.environ['BATCHINFER_VITALS'], 'word-rank0.json').write_text(json.dumps([{FULL}, 'no space'])); sys.exit(1)"
+    job = node_job(run_dir, worker(tmp_path, word))
+    run_dir.replica("01-1-0").mkdir()
+    run_dir.progress("01-1-0").write_text(json.dumps({"phase": "running"}))
+    assert job() == 1
+    failure = read_failure(run_dir, 1)
+    assert failure is not None and (failure.reason, failure.cause) == ("no space", Cause.DISK)
+
+
+def test_a_job_that_cannot_begin_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own files nor the failure can be written: SLURM is told to end the others, and how this one ended."""
+    run_dir = make_run(tmp_path)
+    job = node_job(run_dir, worker(tmp_path, ""))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "job-00.json")
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(node, "record_start", full)
+    monkeypatch.setattr(node, "lasting_error", lambda folder: OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(node, "publish_failure", lambda *_: False)
+    monkeypatch.setattr(left_out.subprocess, "run", lambda command, **_: asked.append(command) or Answer)
+    for name, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
         job()
+    assert caught.value.code == FULL
+    assert [command for command in asked if command[0] == "scancel"] == [
+        ["scancel", "--state=PENDING", "12"],
+        ["scancel", "12_0"],
+    ]
+
+
+class Answer:
+    stdout = "0\n1\n"
 
 
 def test_real_torchrun_tells_the_ranks_words(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchinfer.job.left_out import left_out
+from batchinfer.job import left_out as left_out_module
+from batchinfer.job.left_out import cancel_others, left_out, running_jobs
 from batchinfer.job.replica import Death, write_death
 from batchinfer.job.rundir import RunDir
 
@@ -53,6 +54,16 @@ def test_a_replica_that_died_does_not_work(run_dir: RunDir) -> None:
         died(run_dir, f"01-{node}-1", node)
         run_dir.progress(f"01-{node}-0").write_text(json.dumps({"phase": "running", "process": {"host": node}}))
     assert left_out(run_dir, 1) == []
+
+
+def test_somebodys_own_array_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`launcher=inline` in an array that the user has submitted: its other jobs are none of ours."""
+    asked: list[str] = []
+    monkeypatch.setattr(left_out_module.subprocess, "run", lambda command, **_: asked.append(command[0]))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    cancel_others(running_too=True)
+    assert running_jobs() == [] and asked == []
 
 
 def test_deaths_after_a_commit_and_of_several_nodes_say_nothing_of_a_node(run_dir: RunDir) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from batchinfer.compose import compose
 from batchinfer.job.plan import freeze, make_plan
+from batchinfer.job.replica import HOPELESS
 from tests.run.jobs import ROOT, batchinfer, completions, environment
 
 REQUEST = [
@@ -73,7 +74,7 @@ def test_a_changed_shard_ends_the_job_with_its_name(tmp_path: Path, shard: str, 
         capture_output=True,
         timeout=120,
     )
-    assert work.returncode == 1, work.stderr
+    assert work.returncode == HOPELESS, work.stderr
     last = work.stderr.strip().splitlines()[-1]
     assert str(file) in last and "planned" in last, work.stderr
     if list((tmp_path / "run" / "completions").glob("0*.parquet")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def finish(run_dir: Path) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "none", folder]).returncode != 0:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder]).returncode != 0:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -97,12 +98,26 @@ def test_a_worker_that_stood_still_loses_quietly(tmp_path: Path) -> None:
     assert batchinfer("verify", run_dir).returncode == 0
 
 
-def test_a_full_disk_is_named_and_resumed_from(small_disk: Path) -> None:
-    run_dir = small_disk / "run"
-    full = batchinfer(*REQUEST, "launcher=inline", f"output.dir={run_dir}", timeout=90)
-    assert full.returncode == 1
-    assert "No space left on device" in full.stderr and "Traceback" not in full.stderr
-    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+def fill(folder: Path) -> Path:
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+    return ballast
+
+
+def test_a_full_disk_is_one_sentence_and_resumed_from(small_disk: Path, tmp_path: Path) -> None:
+    run_dir, log = small_disk / "run", tmp_path / "log"
+    job = start(*REQUEST, "engine.max_num_seqs=4", "launcher=local", f"output.dir={run_dir}", log=log)
+    wait_for(lambda: committed(run_dir))
+    ballast = fill(small_disk)
+    assert job.wait(timeout=60) == 1
+    there, said = committed(run_dir), log.read_text()
+    assert 0 < there < 22, "it was in the middle"
+    cannot = f"batchinfer: output.dir={run_dir} cannot be written any more: No space left on device ("
+    assert said.count("batchinfer: ") == said.count(cannot) == 1 and "Traceback" not in said, said
+    assert f"what is committed stays; make room, then: python -m batchinfer resume {run_dir}\n" in said
+    ballast.unlink()
     finish(run_dir)
 
 

@@ -18,6 +18,7 @@ from batchinfer.data.reader import UnitReader
 from batchinfer.engine.engine import build_engine
 from batchinfer.job.claims import ClaimBoard, Identity
 from batchinfer.job.manifest import Manifest
+from batchinfer.job.replica import read_progress
 from batchinfer.job.rundir import RunDir
 from batchinfer.job.verify import verify
 from batchinfer.job.vitals import Phase, Pulse
@@ -159,6 +160,26 @@ def test_it_can_be_stopped_while_it_waits_for_others(tmp_path: Path) -> None:
     stopping: list[Replica] = []
     threading.Timer(1.0, lambda: stopping[0].stop()).start()
     assert not work(run_dir, manifest, "a", prepare=stopping.append)
+
+
+def test_it_says_since_when_it_has_nothing_to_do(tmp_path: Path) -> None:
+    """Another one holds a unit, and gives it back in the end: so it was not the end, and it works again."""
+    run_dir, manifest = make_run(tmp_path)
+    other = ClaimBoard(run_dir, len(manifest.units), Identity.here("other"), 1e9)
+    held = other.claim()
+    assert held is not None
+    thread = threading.Thread(target=lambda: work(run_dir, manifest, "a"))
+    thread.start()
+    deadline = time.monotonic() + 30
+    said: dict[str, Any] = {}
+    while not (said.get("phase") == "waiting" and said["units_committed"] == len(manifest.units) - 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        said = read_progress(run_dir, "a")
+    assert said["last_commit"] <= said["idle_since"] <= time.time()
+    other.release(held)
+    thread.join(30)
+    assert len(rows_of(run_dir)) == ROWS and read_progress(run_dir, "a")["idle_since"] is None
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hang: Callable[[threading.Event], None], phase: Phase) -> None:
