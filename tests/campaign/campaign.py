@@ -40,6 +40,7 @@ HOST = Path(__file__).with_name("host")
 SHARDS, ROWS_PER_SHARD = 4, 24
 STEP_S = 0.1  # longer, so that something can happen in the middle of a run
 TIERS = (["hw.gpus_per_node=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=2"])
+Texts = dict[Key, tuple[object, ...]]
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Report:
     def is_good(self) -> bool:
         return not (self.lost or self.doubled or self.different or self.problems)
 
+    def compare(self, expected: Texts, committed: list[tuple[Key, tuple[object, ...]]]) -> None:
+        """The rows of a run that has come to its end."""
+        found = dict(committed)
+        self.rows += len(expected)
+        self.lost += len(expected.keys() - found.keys())
+        self.doubled += len(committed) - len(found)
+        self.different += sum(expected.get(key) != row for key, row in found.items())
+
     def lines(self) -> Iterator[str]:
         for kind in KINDS:
             yield f"  {kind:20} {'could not be: nothing can be mounted here' if kind in self.skipped else self.injected[kind]:>6}"
@@ -75,7 +84,7 @@ class Campaign:
         self._logs.mkdir()
         write_inputs(self.site.inputs)
         self.report.skipped = () if self.site.is_mounted else faults.NEED_A_MOUNT
-        self.expected = self._undisturbed(folder / "undisturbed")
+        self._expected = self._undisturbed(folder / "undisturbed")
 
     def request(self, run_dir: Path) -> list[str]:
         return [
@@ -95,7 +104,7 @@ class Campaign:
             f"output.dir={run_dir}",
         ]
 
-    def _undisturbed(self, run_dir: Path) -> dict[Key, tuple[object, ...]]:
+    def _undisturbed(self, run_dir: Path) -> Texts:
         done = command_line(*self.request(run_dir), "launcher=inline")
         assert done.returncode == 0, done.stdout + done.stderr
         return texts(run_dir)
@@ -179,14 +188,7 @@ class Campaign:
                 self.report.problems.append(f"seed {seed}: {command[0]} exits {done.returncode}: {done.stdout}{done.stderr}")
         if left := wait_until_gone(run_dir, 15):
             self.report.problems.append(f"seed {seed}: a process outlives its run: {left}")
-        self.compare(rows(run_dir))
-
-    def compare(self, committed: list[tuple[Key, tuple[object, ...]]]) -> None:
-        found = dict(committed)
-        self.report.rows += len(self.expected)
-        self.report.lost += len(self.expected.keys() - found.keys())
-        self.report.doubled += len(committed) - len(found)
-        self.report.different += sum(self.expected.get(key) != row for key, row in found.items())
+        self.report.compare(self._expected, rows(run_dir))
 
 
 def plan(kinds: list[str], dice: random.Random) -> Iterator[tuple[str | None, list[str]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaign.campaign import Campaign, plan
+from tests.campaign.campaign import Campaign, Report, plan
 from tests.campaign.faults import BLOWS, KINDS
 
 
@@ -34,12 +34,14 @@ def test_rounds_of_a_campaign(campaign: Campaign, seed: int) -> None:
     assert campaign.report.is_good
 
 
-def test_a_campaign_tells_lost_doubled_and_different_rows_apart(campaign: Campaign) -> None:
-    (first, text), (second, _), *others = campaign.expected.items()
-    campaign.compare([(first, text), (first, text), (second, ("another",)), *others[1:]])
-    report = campaign.report
+def test_a_report_tells_lost_doubled_and_different_rows_apart() -> None:
+    report, expected = Report(), {("a", row, 0): (f"text {row}",) for row in range(4)}
+    report.compare(expected, list(expected.items()))
+    assert report.is_good
+    (first, second, third, _) = expected.items()
+    report.compare(expected, [first, first, (second[0], ("another text",)), third])
     assert (report.lost, report.doubled, report.different) == (1, 1, 1) and not report.is_good
-    assert f"{len(campaign.expected)} rows: lost 1, doubled 1, different 1" in report.lines()
+    assert "8 rows: lost 1, doubled 1, different 1" in report.lines()
 
 
 def test_a_plan_has_every_kind_once_and_one_blow_a_job() -> None:

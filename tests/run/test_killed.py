@@ -70,6 +70,7 @@ def test_kill_campaign(undisturbed: tuple[dict, float], tmp_path: Path, seed: in
     survive(tmp_path / "run", seed, 8, undisturbed)
 
 
+@pytest.mark.slow  # of what a campaign does, too
 def test_two_invocations_share_one_run(undisturbed: tuple[dict, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
     run_dir = tmp_path / "run"

@@ -334,6 +334,7 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 def test_drawn_text_depends_on_the_row_alone(tmp_path: Path) -> None:
     words = ["Return", "the", "list", "of", "words", "and", "a", "number", "for", "each", "file", "in", "it"]
     prompts = [" ".join(words[: k % 12 + 1]) for k in range(40)]
