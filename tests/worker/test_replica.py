@@ -191,7 +191,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hang: Callable[[thr
     finished.start()
     beats, still_since = -1, time.monotonic()
     deadline = time.monotonic() + 30
-    while time.monotonic() - still_since < 1.5 or pulses[0].phase is not phase:  # more than one look of the source for a unit
+    looks_s = 1.5  # more than one look of the source for a unit
+    while not pulses or time.monotonic() - still_since < looks_s or pulses[0].phase is not phase:
         assert time.monotonic() < deadline, "it goes on beating"
         if pulses and pulses[0]._beats != beats:
             beats, still_since = pulses[0]._beats, time.monotonic()
