@@ -7,7 +7,9 @@ A round starts the same job again and again: with one or two replicas, or one of
 time another fault comes at a random moment (`faults`), some together. When all kinds have been, whatever is wrong with
 the host is put right, and a `resume` has to finish the run. In float64, where no rounding can make a text differ.
 
-A seed settles what comes in which order, and not to the millisecond when. A round that fails leaves its run where it says.
+What hit no job, because none was at work yet or any more, does not count, and is tried again. A seed settles what comes in
+which order; when, to the millisecond, and so which process is struck, it does not. A round that fails leaves its run where it
+says.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from tests.run.jobs import batchinfer as command_line
 
 HOST = Path(__file__).with_name("host")
 SHARDS, ROWS_PER_SHARD = 4, 24
+TRIES = 3  # for each kind to hit, in a round
 STEP_S = 0.1  # longer, so that something can happen in the middle of a run
 TIERS = (["hw.gpus_per_node=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=2"])
 Texts = dict[Key, tuple[object, ...]]
@@ -45,7 +48,8 @@ Texts = dict[Key, tuple[object, ...]]
 
 @dataclass
 class Report:
-    injected: Counter[str] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+    misses: int = 0  # that were tried in vain
     rounds: int = 0
     attempts: int = 0
     rows: int = 0
@@ -69,8 +73,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         for kind in KINDS:
-            yield f"  {kind:20} {'could not be: nothing can be mounted here' if kind in self.skipped else self.injected[kind]:>6}"
-        yield f"{self.rounds} rounds, {self.attempts} jobs, {sum(self.injected.values())} faults"
+            yield f"  {kind:20} {'could not be: nothing can be mounted here' if kind in self.skipped else self.hits[kind]:>6}"
+        yield f"{self.rounds} rounds, {self.attempts} jobs, {sum(self.hits.values())} faults that hit, {self.misses} that did not"
         yield f"{self.rows:,} rows: lost {self.lost}, doubled {self.doubled}, different {self.different}"
         yield from self.problems
 
@@ -110,29 +114,36 @@ class Campaign:
         return texts(run_dir)
 
     def round(self, seed: int, kinds: Sequence[str] = KINDS) -> None:
-        """One run, which each of these kinds befalls once."""
-        dice, run_dir = random.Random(seed), self.site.run_dir
-        for number, (blow, others) in enumerate(plan([kind for kind in kinds if kind not in self.report.skipped], dice)):
-            say(f"seed {seed}, job {number}: {', '.join([*others, *([blow] if blow else [])])}")
-            self._attempt(blow, others, dice, self._logs / f"{seed}-{number}.txt")
+        """One run, which each of these kinds hits once, unless it is over before."""
+        dice, log = random.Random(seed), self._logs / f"{seed}.txt"
+        left = [kind for kind in kinds if kind not in self.report.skipped]
+        for _ in range(TRIES):
+            for blow, others in plan(left, dice) if left else ():
+                say(f"seed {seed}: {', '.join([*others, *([blow] if blow else [])])}")
+                hits = self._attempt(blow, others, dice, log)
+                self.report.hits.update(hits)
+                self.report.misses += len({blow, *others} - {None} - hits)
+                left = [kind for kind in left if kind not in hits]
         self._slowed_by.unlink(missing_ok=True)
         self._finish(seed)
         self.report.rounds += 1
         if self.report.is_good:
-            shutil.rmtree(run_dir)
+            shutil.rmtree(self.site.run_dir)
 
-    def _attempt(self, blow: str | None, others: list[str], dice: random.Random, log: Path) -> None:
-        """A job, what befalls it, and its end."""
+    def _attempt(self, blow: str | None, others: list[str], dice: random.Random, log: Path) -> set[str]:
+        """A job, or two, what befalls them, and their end. Returns the kinds that hit."""
         self._slowed_by.write_text(str(STEP_S))
-        around = faults.surroundings(others, dice)
-        jobs = [self._start(dice, around, log) for _ in range(2 if faults.TWO_INVOCATIONS in others else 1)]
+        jobs = [self._start(dice, around, log) for around in faults.surroundings(others, dice)]
         self._wait_for_the_moment(dice, jobs)
-        with BLOWS[blow](self.site, dice) if blow else contextlib.nullcontext():
-            pass
+        are_at_work = bool(faults.workers(self.site)) and all(job.poll() is None for job in jobs)
+        hits = {kind for kind in others if kind in SURROUNDINGS and are_at_work}
+        with BLOWS[blow](self.site, dice) if blow else contextlib.nullcontext(False) as has_hit:
+            if blow and has_hit:
+                hits.add(blow)
         self._end(dice, jobs)
-        self.report.injected.update([*filter(None, [blow]), *(kind for kind in others if kind in SURROUNDINGS)])
         if (self.site.run_dir / "manifest.json").exists():
-            self._leave([kind for kind in others if kind in LEAVINGS], dice)
+            hits |= self._leave([kind for kind in others if kind in LEAVINGS], dice)
+        return hits
 
     def _start(self, dice: random.Random, around: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
         self.report.attempts += 1
@@ -167,16 +178,17 @@ class Campaign:
         for job in jobs:
             job.wait(timeout=15)
 
-    def _leave(self, kinds: list[str], dice: random.Random) -> None:
-        if faults.TORN_FILES in kinds:
-            faults.leave_torn_files(self.site, dice)
-            self.report.injected[faults.TORN_FILES] += 1
+    def _leave(self, kinds: list[str], dice: random.Random) -> set[str]:
+        hits = set()
+        if faults.TORN_FILES in kinds and faults.leave_torn_files(self.site, dice):
+            hits.add(faults.TORN_FILES)
         if faults.TORN_COMMIT in kinds and (name := faults.leave_a_torn_commit(self.site, dice)):
-            self.report.injected[faults.TORN_COMMIT] += 1
+            hits.add(faults.TORN_COMMIT)
             said = command_line("verify", self.site.run_dir)
             if said.returncode != 1 or name not in said.stdout:
                 self.report.problems.append(f"verify does not name {name}: {said.stdout}{said.stderr}")
             (self.site.run_dir / "completions" / name).unlink()
+        return hits
 
     def _finish(self, seed: int) -> None:
         run_dir = self.site.run_dir

@@ -1,6 +1,7 @@
-"""What may befall a run, a class for each kind; each takes back what it did, as somebody on a cluster would in the end.
+"""What may befall a run, a function for each kind; each takes back what it did, as somebody on a cluster would in the end.
 
-A *blow* strikes a job at work. *Leavings* are found by the next one. *Surroundings* are what a job meets from its start.
+A *blow* strikes a job at work, and says whether it hit one. *Leavings* are found by the next one. *Surroundings* are what a
+job meets from its start.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Site:
             subprocess.run(["umount", "-l", str(self.disk)], check=True)
 
 
-Blow = Callable[[Site, random.Random], contextlib.AbstractContextManager[object]]
+Blow = Callable[[Site, random.Random], contextlib.AbstractContextManager[bool]]
 
 
 def until(condition: Callable[[], object], seconds: float) -> bool:
@@ -48,28 +49,34 @@ def until(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
+def workers(site: Site) -> list[int]:
+    """Ranks that live."""
+    return sorted(pid for pid, command in processes_of(site.run_dir).items() if WORKER in command)
+
+
 @contextlib.contextmanager
-def kill_any(site: Site, dice: random.Random) -> Iterator[None]:
+def kill_any(site: Site, dice: random.Random) -> Iterator[bool]:
     """SIGKILL to one process of the job, whichever it is, or to all of them at once."""
     pids = sorted(processes_of(site.run_dir))
     kill(pids if dice.random() < 0.4 else dice.sample(pids, min(1, len(pids))))
-    yield
+    yield bool(pids)
 
 
 @contextlib.contextmanager
-def stop_a_rank(site: Site, dice: random.Random) -> Iterator[None]:
+def stop_a_rank(site: Site, dice: random.Random) -> Iterator[bool]:
     """SIGSTOP to a rank: it stands still as in a hung collective, until the watchdog has ended it."""
-    workers = sorted(pid for pid, command in processes_of(site.run_dir).items() if WORKER in command)
-    for pid in dice.sample(workers, min(1, len(workers))):
-        os.kill(pid, signal.SIGSTOP)
-        until(lambda pid=pid: pid not in processes_of(site.run_dir), 30)
-    yield
+    has_hit = False
+    for pid in dice.sample(found := workers(site), min(1, len(found))):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            has_hit = until(lambda pid=pid: pid not in processes_of(site.run_dir), 30)
+    yield has_hit
 
 
 @contextlib.contextmanager
-def fill_the_disk(site: Site, dice: random.Random) -> Iterator[None]:
+def fill_the_disk(site: Site, dice: random.Random) -> Iterator[bool]:
     """To the last byte, as another user would; and room is made when the job has found out."""
-    ballast = site.disk / "ballast"
+    ballast, is_at_work = site.disk / "ballast", bool(workers(site))
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(MIB))
@@ -77,34 +84,34 @@ def fill_the_disk(site: Site, dice: random.Random) -> Iterator[None]:
         while True:
             file.write(bytes(512))
     until(lambda: not processes_of(site.run_dir), 20)
-    yield
+    yield is_at_work
     ballast.unlink()
 
 
 @contextlib.contextmanager
-def write_protect(site: Site, dice: random.Random) -> Iterator[None]:
+def write_protect(site: Site, dice: random.Random) -> Iterator[bool]:
     """A folder of the run is mounted over itself, read-only, since a file system with open files does not become so."""
     folder = site.run_dir / dice.choice(["completions", "claims", "stats"])
-    is_there = folder.is_dir()
+    is_there, is_at_work = folder.is_dir(), bool(workers(site))
     if is_there:
         subprocess.run(["mount", "--bind", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
         until(lambda: not processes_of(site.run_dir), 20)
-    yield
+    yield is_there and is_at_work
     if is_there:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
 @contextlib.contextmanager
-def corrupt_a_shard(site: Site, dice: random.Random) -> Iterator[None]:
+def corrupt_a_shard(site: Site, dice: random.Random) -> Iterator[bool]:
     """Bytes of an input are overwritten, and later restored from a backup, with the time of the file."""
-    shard = dice.choice(sorted(site.inputs.iterdir()))
+    shard, is_at_work = dice.choice(sorted(site.inputs.iterdir())), bool(workers(site))
     before, times = shard.read_bytes(), shard.stat()
     start = dice.randrange(4, len(before) // 2)
     damaged = before[:start] + dice.randbytes(len(before) // 2) + before[start + len(before) // 2 :]
     shard.write_bytes(damaged[: dice.choice([len(before), len(before) // 2])])
     until(lambda: not processes_of(site.run_dir), 5)
-    yield
+    yield is_at_work
     shard.write_bytes(before)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
@@ -119,8 +126,9 @@ BLOWS: dict[str, Blow] = {
 NEED_A_MOUNT = ("disk full", "read-only folder")
 
 
-def leave_torn_files(site: Site, dice: random.Random) -> None:
-    """What writers that were cut off leave, and what a file system loses that had not yet written what it promised."""
+def leave_torn_files(site: Site, dice: random.Random) -> bool:
+    """What writers that were cut off leave, and what a file system loses that had not yet written what it promised. Whether there
+    were claims or partials to be torn."""
     completions, claims = site.run_dir / "completions", site.run_dir / "claims"
     for folder in (completions, claims, site.run_dir / "partials"):
         name = f".{dice.randrange(20):06d}.0.parquet.{dice.choice(['here', 'elsewhere'])}-7-{dice.getrandbits(32):08x}.tmp"
@@ -130,6 +138,7 @@ def leave_torn_files(site: Site, dice: random.Random) -> None:
         os.truncate(path, dice.randrange(path.stat().st_size + 1))
     for path in site.run_dir.glob("replicas/*/progress.json"):
         os.truncate(path, dice.randrange(path.stat().st_size + 1))
+    return bool(held)
 
 
 def leave_a_torn_commit(site: Site, dice: random.Random) -> str | None:
@@ -153,11 +162,13 @@ LEAVINGS = (TORN_FILES, TORN_COMMIT)
 KINDS = (*BLOWS, *LEAVINGS, *SURROUNDINGS)
 
 
-def surroundings(kinds: list[str], dice: random.Random) -> dict[str, str]:
-    """What the processes of a job find in their environment; see host/sitecustomize.py."""
-    found = {}
+def surroundings(kinds: list[str], dice: random.Random) -> list[dict[str, str]]:
+    """For each invocation, what its processes find in their environment; see host/sitecustomize.py. Clocks differ between two."""
+    found: list[dict[str, str]] = [{} for _ in range(2 if {CLOCK, TWO_INVOCATIONS} & set(kinds) else 1)]
     if CLOCK in kinds:
-        found["CLOCK_IS_OFF_BY"] = str(dice.choice([-86400.0, -3600.0, -5.0, 5.0, 3600.0, 86400.0]))
+        for variables, off in zip(found, dice.sample([-86400.0, -3600.0, -5.0, 5.0, 3600.0, 86400.0], 2), strict=True):
+            variables["CLOCK_IS_OFF_BY"] = str(off)
     if SLOW_FILES in kinds:
-        found["FILES_TAKE"] = "0.005"
+        for variables in found:
+            variables["FILES_TAKE"] = "0.005"
     return found
