@@ -39,9 +39,9 @@ from tests.run.jobs import ROOT, Key, environment, kill, processes_of, rows, tex
 from tests.run.jobs import batchinfer as command_line
 
 HOST = Path(__file__).with_name("host")
-SHARDS, ROWS_PER_SHARD = 4, 24
+SHARDS, ROWS_PER_SHARD = 4, 48
 TRIES = 3  # for each kind to hit, in a round
-STEP_S = 0.1  # longer, so that something can happen in the middle of a run
+STEP_S, WAITING_STEP_S = 0.1, 0.8  # longer, so that something can happen in the middle of a run, and is not too late
 TIERS = (["hw.gpus_per_node=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=1"], ["hw.gpus_per_node=2", "hw.tensor_parallel=2"])
 Texts = dict[Key, tuple[object, ...]]
 
@@ -132,7 +132,7 @@ class Campaign:
 
     def _attempt(self, blow: str | None, others: list[str], dice: random.Random, log: Path) -> set[str]:
         """A job, or two, what befalls them, and their end. Returns the kinds that hit."""
-        self._slowed_by.write_text(str(STEP_S))
+        self._slow(STEP_S)
         jobs = [self._start(dice, around, log) for around in faults.surroundings(others, dice)]
         self._wait_for_the_moment(dice, jobs)
         are_at_work = bool(faults.workers(self.site)) and all(job.poll() is None for job in jobs)
@@ -163,7 +163,14 @@ class Campaign:
             return
         before, more = self._committed(), dice.randrange(1, 3)
         until(lambda: self._committed() >= before + more or all(job.poll() is not None for job in jobs), 90)
+        self._slow(WAITING_STEP_S)
         time.sleep(dice.uniform(0, 1))
+
+    def _slow(self, step_s: float) -> None:
+        """From here on, each step takes so much longer."""
+        new = self._slowed_by.with_suffix(".new")
+        new.write_text(str(step_s))
+        new.replace(self._slowed_by)
 
     def _committed(self) -> int:
         return len(list(self.site.run_dir.glob("completions/[0-9]*.parquet")))
@@ -217,7 +224,7 @@ def plan(kinds: list[str], dice: random.Random) -> Iterator[tuple[str | None, li
 
 def write_inputs(folder: Path) -> None:
     """Shards with prompts of the shipped sample; no page of them decodes when it is damaged."""
-    sample = next((Path(batchinfer.__file__).parent / "tiny/sample").glob("*.parquet"))
+    sample = Path(batchinfer.__file__).parent / "tiny/sample"
     prompts = pq.read_table(sample, columns=["prompt"])["prompt"].to_pylist()[: SHARDS * ROWS_PER_SHARD]
     folder.mkdir()
     for shard in range(SHARDS):

@@ -95,7 +95,8 @@ def write_protect(site: Site, dice: random.Random) -> Iterator[bool]:
     is_there, is_at_work = folder.is_dir(), bool(workers(site))
     if is_there:
         subprocess.run(["mount", "--bind", folder, folder], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        protect = ["mount", "-o", "remount,bind,ro", folder]  # refused in the moments in which somebody is writing there
+        assert until(lambda: subprocess.run(protect, capture_output=True).returncode == 0, 20), "it stays writable"
         until(lambda: not processes_of(site.run_dir), 20)
     yield is_there and is_at_work
     if is_there:
