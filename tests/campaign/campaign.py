@@ -38,7 +38,7 @@ from tests.campaign.faults import BLOWS, KINDS, LEAVINGS, SURROUNDINGS, Site, un
 from tests.run.jobs import ROOT, Key, environment, kill, processes_of, rows, texts, wait_until_gone
 from tests.run.jobs import batchinfer as command_line
 
-HOST = Path(__file__).with_name("host")
+HOST = Path(__file__).parents[1] / "run/host"
 SHARDS, ROWS_PER_SHARD = 4, 48
 TRIES = 3  # for each kind to hit, in a round
 STEP_S, WAITING_STEP_S = 0.1, 0.8  # longer, so that something can happen in the middle of a run, and is not too late

@@ -164,7 +164,7 @@ KINDS = (*BLOWS, *LEAVINGS, *SURROUNDINGS)
 
 
 def surroundings(kinds: list[str], dice: random.Random) -> list[dict[str, str]]:
-    """For each invocation, what its processes find in their environment; see host/sitecustomize.py. Clocks differ between two."""
+    """For each invocation, what its processes find in their environment (tests/run/host); clocks differ between two."""
     found: list[dict[str, str]] = [{} for _ in range(2 if {CLOCK, TWO_INVOCATIONS} & set(kinds) else 1)]
     if CLOCK in kinds:
         for variables, off in zip(found, dice.sample([-86400.0, -3600.0, -5.0, 5.0, 3600.0, 86400.0], 2), strict=True):

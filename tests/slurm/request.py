@@ -21,14 +21,14 @@ REQUEST = [
     "engine.stall_timeout_s=10",
     "hw=cpu",
 ]
-SLOWED = Path(__file__).with_name("slowed")
+HOST = Path(__file__).parents[1] / "run/host"
 PATIENCE_S = 200  # of a machine that does much else
 
 
 def on_slurm(run_dir: Path) -> list[str]:
     """The request as jobs that are called as the folder is, and slowed until `at_full_speed`."""
     _slow(run_dir, 0.1)
-    slowed = f"hw.env={{PYTHONPATH: '{SLOWED}', SLOWED_BY: '{_slowed_by(run_dir)}'}}"
+    slowed = f"hw.env={{PYTHONPATH: '{HOST}', SLOWED_BY: '{_slowed_by(run_dir)}'}}"
     return [*REQUEST, "launcher=slurm", f"output.dir={run_dir}", f"run_name={run_dir.name}", slowed]
 
 

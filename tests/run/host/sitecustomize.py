@@ -1,7 +1,8 @@
-"""The host that a process of a campaign finds: slow steps, a clock that goes wrong, a slow file system.
+"""The host that a run finds, first on its PYTHONPATH: slow steps, a clock that goes wrong, a slow file system.
 
-SLOWED_BY names a file that holds the seconds by which each step takes longer, CLOCK_IS_OFF_BY gives seconds, and
-FILES_TAKE the seconds by which each call takes longer that a file server would answer.
+SLOWED_BY names a file that holds the seconds by which each step takes longer, while it is there: so something can happen in
+the middle of a run, however fast the machine is. CLOCK_IS_OFF_BY gives seconds, and FILES_TAKE the seconds by which each call
+takes longer that a file server would answer.
 """
 
 import contextlib
