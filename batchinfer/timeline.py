@@ -29,7 +29,10 @@ CATEGORIES = tuple(
     (category, re.compile(pattern))
     for category, pattern in (
         ("copies", r"^Mem(cpy|set)"),
-        ("communication", r"nccl|[Aa]ll_?[Rr]educe|[Aa]ll_?[Gg]ather|[Rr]educe_?[Ss]catter|^c10d::|^gloo:"),
+        (
+            "communication",
+            r"nccl|[Aa]ll_?[Rr]educe|[Aa]ll_?[Gg]ather|[Rr]educe_?[Ss]catter|^c10d::|^gloo:|^batchinfer::(push|split)_kernel$",
+        ),
         (
             "sampling",
             r"greedy|gumbel|sampl|[Aa]rg_?[Mm]ax|[Tt]op_?[Kk]|[Rr]adix_?[Ss]ort|bitonicSort|SegmentedSort|^aten::sort"

@@ -93,8 +93,9 @@ NAMES = {
     "communication": [
         "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "void batchinfer::(anonymous namespace)::push_kernel<__nv_bfloat16, 1, 2>(batchinfer::ReduceNorm, int, int)",
+        "void batchinfer::(anonymous namespace)::split_kernel<__nv_bfloat16, 1, 2>(batchinfer::ReduceNorm, int, int, int)",
         "ncclSymkDevKernel_AllReduce_AGxLL_R_sum_bf16(ncclSymkDevWorkArgs4K)",
-        "void batchinfer::(anonymous namespace)::all_reduce_kernel<__nv_bfloat16, 4>(__nv_bfloat16**)",
         "c10d::allreduce_",
     ],
     "other": ["void some::kernel<int>(int)", "aten::view", "aten::empty"],
