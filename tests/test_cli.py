@@ -291,6 +291,18 @@ def test_plan_says_what_would_happen(request_words: list[str], capsys: pytest.Ca
     assert not Path("outputs").exists()
 
 
+def test_plan_counts_what_rows_ask_for_themselves(
+    request_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [{"max_tokens": 40}] * 100
+    pq.write_table(pa.table({"text": ["w1 w2"] * 100, "own": own}), tmp_path / "own.parquet")
+    words = [*request_words, "input.paths=[own.parquet]", "sampling.max_tokens=10"]
+    assert main(["plan", *words]) == 0
+    assert re.search(r"\ncompletion tokens: +at most 1,000\n", capsys.readouterr().out)
+    assert main(["plan", *words, "input.sampling_column=own"]) == 0
+    assert re.search(r"\ncompletion tokens: +about 4,000 at full length \(from \d+ rows\)\n", capsys.readouterr().out)
+
+
 def test_plan_without_a_checkpoint_or_a_fit(request_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in request_words if not word.startswith(("model", "hw"))]
     assert main(["plan", *words, "model=llama3_70b", "hw=a100x8"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -62,7 +63,19 @@ def _work(plan: Plan) -> Lines:
     if plan.sampled is not None:
         how = "" if plan.sampled.counted else f", guessed at {BYTES_PER_TOKEN} bytes a token: no tokenizer"
         yield "prompt tokens", f"about {plan.sampled.prompt_tokens:,} (from {_count(plan.sampled.rows, 'row')}{how})"
-    yield "completion tokens", f"at most {rows * n * plan.config.sampling.max_tokens:,}"
+    yield "completion tokens", _completion_tokens(plan, rows * n)
+
+
+def _completion_tokens(plan: Plan, sequences: int) -> str:
+    """Rows with sampling of their own may ask for more than the run, and for less."""
+    common = f"{sequences * plan.config.sampling.max_tokens:,}"
+    if plan.config.input.sampling_column is None:
+        return f"at most {common}"
+    if plan.sampled is None or not plan.sampled.counted or not plan.sampled.demand.sequences:
+        return f"{common}, where no row asks for another length"
+    demand = plan.sampled.demand
+    mean = statistics.fmean(demand.sample.completions)
+    return f"about {round(mean * demand.sequences):,} at full length (from {_count(plan.sampled.rows, 'row')})"
 
 
 def _hardware(plan: Plan) -> Lines:
