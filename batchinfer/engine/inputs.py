@@ -51,7 +51,7 @@ class PackedInputs:
             plans[window] = ops.DevicePlan.over(plan, flat[offset : offset + len(plan.buffer)], num_heads, head_dim)
             offset += _aligned(len(plan.buffer))
         block_tables = flat[offset:].unsqueeze(1)
-        return ModelInputs(token_ids, positions, AttentionInputs(slot_mapping, block_tables, plans=plans))
+        return ModelInputs(token_ids, positions, AttentionInputs(slot_mapping, block_tables, plans))
 
 
 class InputPacker:

@@ -116,11 +116,11 @@ class ModelRunner:
         keys, values = self.kv_cache.transpose(3, 4)
         self.kv_caches = list(zip(keys, values, strict=True))
         self.token_cache = zeros((num_blocks * engine.block_size + 1,), torch.int32, device)  # the last place is slot -1's
-        self.packer: InputPacker | None = None  # None: attention is not the kernels' (or there is no GPU), and needs no plan
+        self.packer: InputPacker | None = None  # None: attention is not the kernels', or there is no GPU
         self.graphs: CudaGraphs | None = None
+        self.windows = tuple(dict.fromkeys(shape.window_of(layer) for layer in range(shape.num_layers)))
         if ops.attention_takes(self.kv_caches[0][0], shape.num_heads // shape.num_kv_heads):
-            windows = dict.fromkeys(shape.window_of(layer) for layer in range(shape.num_layers))
-            self.packer = InputPacker(windows, self._attention_shape(engine), max_model_len)
+            self.packer = InputPacker(self.windows, self._attention_shape(engine), max_model_len)
         self.last_tokens = torch.zeros(engine.max_num_seqs, dtype=torch.int32, device=device)  # by sample slot
 
     def _attention_shape(self, engine: EngineConfig) -> ops.AttentionShape:
@@ -176,14 +176,20 @@ class ModelRunner:
     def _hidden(self, batch: Batch, step: BatchArrays[torch.Tensor]) -> tuple[torch.Tensor, bool]:
         """Hidden states [T, hidden_size] of the batch's tokens, and whether a graph gave them."""
         if self.packer is None:
-            attention = AttentionInputs(step.slot_mapping, step.block_tables, step.cu_seqlens_q, step.context_lens)
-            return self._compute(ModelInputs(step.token_ids, step.positions, attention)), False
+            return self._compute(ModelInputs(step.token_ids, step.positions, self._plain_attention(batch, step))), False
         size = self.graphs.size_for(batch.num_tokens) if self.graphs else None
         if self.graphs is not None and size is not None:
             with contextlib.suppress(ops.PlanTooLarge):
                 return self.graphs.replay(self.packer.pack(batch, size), batch.num_tokens), True
         packed = self.packer.pack(batch)
         return self._compute_packed(packed, to_device(packed.buffer, self.device)), False
+
+    def _plain_attention(self, batch: Batch, step: BatchArrays[torch.Tensor]) -> AttentionInputs:
+        keys, _ = self.kv_caches[0]
+        heads = self.shape.local_sizes(self.parallel.size).num_heads
+        sequences = batch.cu_seqlens_q, batch.context_lens
+        plans = {window: ops.group_pieces(*sequences, step.block_tables, keys, heads, window) for window in self.windows}
+        return AttentionInputs(step.slot_mapping, step.block_tables, plans)
 
     def _compute_packed(self, packed: PackedInputs, flat: torch.Tensor) -> torch.Tensor:
         local = self.shape.local_sizes(self.parallel.size)

@@ -21,24 +21,15 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [num_block
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """Where each token of a flat batch belongs. T tokens, S sequences; sliding windows come from the model's shape.
-
-    What attends says either where sequences begin and end, or (kernels) has it worked out in plans, one for each window.
-    """
+    """Where each token of a flat batch of T tokens belongs. Sliding windows come from the model's shape."""
 
     slot_mapping: Tensor  # [T] place of the token's key and value in the cache; -1: padding, not stored
-    block_tables: Tensor  # [S, max_blocks] int32; with plans flat, [.., 1]
-    cu_seqlens_q: Tensor | None = None  # [S + 1] where each sequence's tokens begin, and T
-    context_lens: Tensor | None = None  # [S] tokens of each sequence up to and with this step's; 0: padding
-    plans: Mapping[int | None, ops.DevicePlan] | None = None
+    block_tables: Tensor  # int32: [S, max_blocks] of S sequences; for kernels flat, [.., 1]
+    plans: Mapping[int | None, ops.Plan]  # how to attend with each window that the model has (None: without one)
 
     def attend(self, q: Tensor, kv_cache: KVCache, scale: float, window: int | None) -> Tensor:
         """Causal attention of q [T, H, D] over what the cache holds of its sequences. Returns [T, H, D]."""
-        keys, values = kv_cache
-        if self.plans is not None:
-            return ops.planned_attention(q, keys, values, self.block_tables, self.plans[window], scale, window)
-        assert self.cu_seqlens_q is not None and self.context_lens is not None, "there are neither plans nor sequences"
-        return ops.paged_attention(q, keys, values, self.block_tables, self.cu_seqlens_q, self.context_lens, scale, window)
+        return ops.planned_attention(q, *kv_cache, self.block_tables, self.plans[window], scale, window)
 
 
 @dataclass(frozen=True, eq=False)

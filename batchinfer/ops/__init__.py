@@ -15,6 +15,7 @@ from batchinfer.ops import (
     fused_softmax_attention,
     logprobs,
     reference,
+    reference_attention,
     reference_linear,
     sampling,
     skinny,
@@ -30,6 +31,7 @@ from batchinfer.ops.peer_memory import capacities as peer_capacities
 from batchinfer.ops.peer_memory import handle_of as peer_handle
 from batchinfer.ops.peer_memory import map_handle as map_peer
 from batchinfer.ops.reference import LogProbabilities, apply_penalties, apply_token_bitmask
+from batchinfer.ops.reference_attention import PieceGroup, group_pieces
 
 __all__ = [
     "PEER_RANKS",
@@ -39,6 +41,7 @@ __all__ = [
     "DevicePlan",
     "LogProbabilities",
     "PeerMemory",
+    "Plan",
     "PlanCapacity",
     "PlanTooLarge",
     "allocate_peer_memory",
@@ -51,13 +54,13 @@ __all__ = [
     "empty_plan",
     "feed_tokens",
     "greedy",
+    "group_pieces",
     "linear",
     "linear_silu",
     "log_probabilities",
     "map_peer",
     "norm_linear",
     "norm_linear_silu",
-    "paged_attention",
     "peer_capacities",
     "peer_handle",
     "plan_attention",
@@ -68,6 +71,8 @@ __all__ = [
     "sample",
     "silu_and_mul",
 ]
+
+Plan = DevicePlan | list[PieceGroup]  # of a step's attention: for kernels, or for plain torch
 
 _backend = "auto"  # of this process
 
@@ -139,28 +144,17 @@ def norm_linear_silu(
 
 
 def attention_takes(k_cache: Tensor, heads_per_kv_head: int) -> bool:
-    """Whether `planned_attention` attends over this cache [blocks, block_size, K, D]; if not, `paged_attention` does."""
+    """Whether kernels attend over this cache [blocks, block_size, K, D], by a `DevicePlan`; if not, `group_pieces` plans."""
     return _backend == "auto" and attention.kernels_take(k_cache, heads_per_kv_head)
 
 
 def planned_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: DevicePlan, scale: float, window: int | None
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, plan: Plan, scale: float, window: int | None
 ) -> Tensor:
-    return attention.planned_attention(q, k_cache, v_cache, block_tables, plan, scale, window)
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-) -> Tensor:
-    attend = fused_softmax_attention.paged_attention if _backend == "fused_softmax" else reference.paged_attention
-    return attend(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
+    if isinstance(plan, DevicePlan):
+        return attention.planned_attention(q, k_cache, v_cache, block_tables, plan, scale, window)
+    attend = fused_softmax_attention.attend if _backend == "fused_softmax" else reference_attention.attend
+    return attend(q, k_cache, v_cache, plan, scale, window)
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,14 @@ matrix products. The scores of a piece exist in memory; the softmax passes over 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from batchinfer.ops.compiled import load_kernels
 from batchinfer.ops.precision import accumulation_dtype
-from batchinfer.ops.reference_attention import Piece, pieces_of
+from batchinfer.ops.reference_attention import PieceGroup, group_pieces
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,9 +30,15 @@ def paged_attention(
     sliding_window: int | None = None,
 ) -> Tensor:
     """`reference_attention.paged_attention`. Scores are float32 (float64 for float64), probabilities of q's element type."""
+    groups = group_pieces(cu_seqlens_q, context_lens, block_tables, k_cache, q.shape[1], sliding_window)
+    return attend(q, k_cache, v_cache, groups, scale, sliding_window)
+
+
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: Sequence[PieceGroup], scale: float, window: int | None) -> Tensor:
+    """`paged_attention` of the batch and window that the groups were made for."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for group in pieces_of(q, k_cache, cu_seqlens_q, context_lens, sliding_window):
-        _attend(out, q, k_cache, v_cache, block_tables, group, scale, sliding_window)
+    for group in groups:
+        out[group.rows] = _attend(q[group.rows], k_cache, v_cache, group, scale, window)
     return out
 
 
@@ -61,41 +69,24 @@ def _softmax(scores: Tensor, scale: float, ends: Tensor | None, window: int | No
     return wide.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
 
 
-def _attend(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    group: list[Piece],
-    scale: float,
-    window: int | None,
-) -> None:
-    """Compute one group and put its rows into `out`. n pieces of at most Q queries over L = blocks * block_size keys."""
-    device, block_size, num_kv_heads = q.device, k_cache.shape[1], k_cache.shape[2]
-    rows = torch.tensor([(p.sequence, p.query, p.num_queries - 1, p.position, p.block) for p in group])
-    sequence, query, last, position, block = rows.to(device).unsqueeze(2).unbind(1)  # each [n, 1]
-    # A short piece repeats its last query: the same row is computed twice, and nothing needs masking.
-    steps = torch.arange(max(p.num_queries for p in group), device=device).minimum(last)  # [n, Q]
-    blocks = block + torch.arange(max(p.num_blocks for p in group), device=device)  # [n, B]
-    # Blocks past a table's end read its last entry, and no query sees them.
-    numbers = block_tables[sequence, blocks.clamp(max=block_tables.shape[1] - 1)].clamp(min=0)
-    ends = (position + steps - block * block_size + 1).int()  # [n, Q], counted from the first gathered key
-    keys, values = _gather(k_cache, numbers), _gather(v_cache, numbers)  # [n * K, L, D]
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: PieceGroup, scale: float, window: int | None) -> Tensor:
+    """Attention of a group's queries [n, Q, H, D], in that shape."""
+    n, num_queries, num_heads, num_kv_heads = *q.shape[:3], k_cache.shape[2]
+    ends = (group.positions - group.places[:, :1] + 1).int()  # [n, Q], counted from the first gathered key
+    keys, values = _gather(k_cache, group.blocks), _gather(v_cache, group.blocks)  # [n * K, L, D]
     # Foreign keys make scores that no row sees; but foreign values are multiplied with 0, and 0 * NaN is NaN.
-    foreign = torch.arange(keys.shape[1], device=device) >= ends.amax(1, keepdim=True)  # [n, L]
-    values.view(len(group), num_kv_heads, *values.shape[1:]).masked_fill_(foreign[:, None, :, None], 0)
+    values.view(n, num_kv_heads, *values.shape[1:]).masked_fill_(group.foreign[:, None, :, None], 0)
     # The query heads of one key-value head become further queries: grouped heads cost no copies of keys.
-    n, num_queries, heads_each = len(group), steps.shape[1], q.shape[1] // num_kv_heads
-    queries = q[query + steps].unflatten(2, (num_kv_heads, heads_each)).permute(0, 2, 3, 1, 4)
+    heads_each = num_heads // num_kv_heads
+    queries = q.unflatten(2, (num_kv_heads, heads_each)).permute(0, 2, 3, 1, 4)
     scores = _scores(queries.reshape(n * num_kv_heads, heads_each * num_queries, -1), keys)
-    probs = fused_softmax(scores.view(n, q.shape[1], num_queries, -1), scale, ends, window, q.dtype)
+    probs = fused_softmax(scores.view(n, num_heads, num_queries, -1), scale, ends, window, q.dtype)
     y = torch.bmm(probs.view(scores.shape), values)
-    out[query + steps] = y.view(n, num_kv_heads, heads_each, num_queries, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return y.view(n, num_kv_heads, heads_each, num_queries, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _gather(cache: Tensor, numbers: Tensor) -> Tensor:
-    """Keys or values of the blocks `numbers` [n, B], heads first as a matrix product wants them: [n * K, L, D]."""
+    """Keys or values of blocks `numbers` [n, B], heads first as a matrix product wants them: [n * K, L, D]."""
     by_head = cache.transpose(1, 2)  # [blocks, K, block_size, D]
     heads = torch.arange(cache.shape[2], device=cache.device).view(1, -1, 1)
     if not by_head.is_contiguous():

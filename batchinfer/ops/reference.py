@@ -43,9 +43,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     if residual is not None:
         x = x + residual
-    wide = x.to(accumulation_dtype(x.dtype))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = (normed * weight.to(wide.dtype)).to(x.dtype)
+    wide = accumulation_dtype(x.dtype)  # PyTorch's own would round to x.dtype before it multiplies with the weight
+    y = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return y if residual is None else (y, x)
 
 
@@ -66,13 +65,13 @@ def rope_and_cache(
     block s // block_size, and tokens with slot -1 are not stored.
     """
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-    stored = slot_mapping >= 0
-    slots = slot_mapping[stored].long()
-    block_size = k_cache.shape[1]
-    place = (slots // block_size, slots % block_size)
-    k_cache[place] = _rotate(k, cos, sin)[stored]
-    v_cache[place] = v[stored]
-    return _rotate(q, cos, sin)
+    turned, keys = _rotate(torch.cat((q, k), dim=1), cos, sin).split((q.shape[1], k.shape[1]), dim=1)
+    stored = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping.index_select(0, stored).long()
+    place = (slots // k_cache.shape[1], slots % k_cache.shape[1])
+    k_cache[place] = keys.index_select(0, stored)
+    v_cache[place] = v.index_select(0, stored)
+    return turned
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer import ops
 from batchinfer.config import ModelConfig
 from batchinfer.model.config import ModelShape, load_shape
 from batchinfer.model.decoder import Decoder
@@ -110,7 +111,7 @@ class Paged:
     def __init__(
         self, model: Decoder, shape: ModelShape, parallel: TensorParallel, dtype: torch.dtype, block_size: int = 5
     ) -> None:
-        self.model, self.block_size, self.max_blocks = model, block_size, 24
+        self.model, self.shape, self.block_size, self.max_blocks = model, shape, block_size, 24
         size = (64, block_size, shape.local_sizes(parallel.size).num_kv_heads, shape.head_dim)
         self.caches = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
         self.free = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
@@ -135,11 +136,18 @@ class Paged:
         for _ in range(padding):
             tokens.append(0), positions.append(0), slots.append(-1), tables.append([0] * self.max_blocks)
             begins.append(len(tokens)), contexts.append(0)
-        attention = AttentionInputs(*(torch.tensor(x, dtype=torch.int32) for x in (slots, tables, begins, contexts)))
+        attention = self._attention(*(torch.tensor(x, dtype=torch.int32) for x in (slots, tables, begins, contexts)))
         with torch.inference_mode():
             hidden = self.model(torch.tensor(tokens), torch.tensor(positions), attention, self.caches)
             logits = self.model.logits(hidden)
         return [logits[begin:end] for begin, end in itertools.pairwise(begins[: len(chunks) + 1])]
+
+    def _attention(self, slots: Tensor, tables: Tensor, begins: Tensor, contexts: Tensor) -> AttentionInputs:
+        shape, keys = self.shape, self.caches[0][0]
+        heads = keys.shape[2] * shape.num_heads // shape.num_kv_heads
+        windows = {shape.window_of(layer) for layer in range(shape.num_layers)}
+        plans = {window: ops.group_pieces(begins, contexts, tables, keys, heads, window) for window in windows}
+        return AttentionInputs(slots, tables, plans)
 
 
 def greedy(paged: Paged, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:

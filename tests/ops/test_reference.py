@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from batchinfer.ops import paged_attention, reference_attention, rms_norm, rope_and_cache, silu_and_mul
+from batchinfer.ops import reference_attention, rms_norm, rope_and_cache, silu_and_mul
+from batchinfer.ops.reference_attention import paged_attention
 
 
 def _strided(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
