@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from batchinfer.model.safetensors_file import NotSafetensors, SafetensorsFile, S
 CHECKPOINT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MAX_READERS = 8  # threads; one copies about 8 GB/s out of the page cache, a host link of PCIe 5 takes 55
 PIECE_BYTES = 8 << 20  # of the checkpoint: large beside the Python around it, small enough that pinning takes no time
+TASK_PIECES = 4  # that a reader takes at once: handing over a task takes as long as the Python of a piece
 NUM_BUFFERS = 2  # of a reader: one is filled while the other is on its way
 RANDOM_STD = 0.02
 MAX_NAMES = 5  # of tensors in an error sentence
@@ -82,18 +84,13 @@ def _stream(slices: list[WeightSlice], shape: ModelShape, path: str | None, devi
 def _load(pieces: list[_Piece], device: torch.device) -> int:
     readers = min(MAX_READERS, usable_cores())
     staging = _Staging(device, NUM_BUFFERS * readers, max((math.prod(piece.shape) for piece in pieces), default=0))
-    with ThreadPoolExecutor(readers, initializer=_use, initargs=(device,)) as pool:
+    tasks = [pieces[at : at + TASK_PIECES] for at in range(0, len(pieces), TASK_PIECES)]
+    with ThreadPoolExecutor(readers, initializer=staging.enter) as pool:
         try:
-            return sum(pool.map(staging.bring, pieces))
+            return sum(pool.map(staging.bring_all, tasks))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _use(device: torch.device) -> None:
-    """A thread begins with the first GPU, whatever the others have chosen."""
-    if device.index is not None:
-        torch.cuda.set_device(device)
 
 
 def _require_same_names(path: str, wanted: set[str], present: set[str], tied: bool) -> None:
@@ -164,20 +161,40 @@ def _columns(tensor: StoredTensor, wish: WeightSlice) -> slice:
 
 
 class _Buffer:
-    """Host memory that pieces pass through, made by the thread that needs it first: pinning takes a while."""
+    """Host memory that pieces pass through, made by the thread that needs it first: pinning takes a while.
 
-    def __init__(self, num_bytes: int, pinned: bool) -> None:
-        self._num_bytes, self._pinned = num_bytes, pinned
-        self._bytes: Tensor | None = None
-        self.sent = torch.cuda.Event(blocking=True) if pinned else None
+    There are thousands of pieces and one interpreter for all readers, so each costs as few calls as can be.
+    """
 
-    def room(self, shape: tuple[int, int]) -> Tensor:
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._num_bytes, self._device = num_bytes, device
+        self._sent = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self._array: np.ndarray | None = None  # the same memory,
+        self._typed: dict[torch.dtype, Tensor] = {}  # and as each type that was asked for
+
+    def room(self, shape: tuple[int, int]) -> np.ndarray:
         """uint8 of that shape, as soon as the device has what was in it last."""
-        if self._bytes is None:
-            self._bytes = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-        if self.sent is not None:
-            self.sent.synchronize()
-        return self._bytes[: math.prod(shape)].view(shape)
+        if self._array is None:
+            whole = torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=self._sent is not None)
+            self._array = whole.numpy()
+            self._typed[torch.uint8] = whole
+        elif self._sent is not None:
+            self._sent.synchronize()
+        return self._array[: math.prod(shape)].reshape(shape)
+
+    def send(self, dtype: torch.dtype, destination: Tensor) -> None:
+        """Launch the copy of what is in it, elements of `dtype`, to `destination`, on the current stream."""
+        if dtype not in self._typed:
+            usable = self._num_bytes // dtype.itemsize * dtype.itemsize
+            self._typed[dtype] = self._typed[torch.uint8][:usable].view(dtype)
+        values = self._typed[dtype][: destination.numel()].view_as(destination)
+        if self._sent is None:
+            destination.copy_(values)
+            return
+        if dtype != destination.dtype:  # by the device: `copy_` would have the host cast, and wait for it
+            values = values.to(self._device, non_blocking=True)
+        destination.copy_(values, non_blocking=True)
+        self._sent.record()
 
 
 class _Staging:
@@ -191,31 +208,27 @@ class _Staging:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights are made zero
         self._free: SimpleQueue[_Buffer] = SimpleQueue()
         for _ in range(num_buffers):
-            self._free.put(_Buffer(num_bytes, self._stream is not None))
+            self._free.put(_Buffer(num_bytes, device))
 
-    def bring(self, piece: _Piece) -> int:
-        """Read a piece, and launch its copy into the weights. Returns bytes of the weights."""
+    def enter(self) -> None:
+        """Each thread, before anything else: it would begin with the first GPU and its default stream, whatever others chose."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+
+    def bring_all(self, pieces: Sequence[_Piece]) -> int:
+        """Read pieces, and launch their copies into the weights. Returns bytes of the weights."""
+        return sum(map(self._bring, pieces))
+
+    def _bring(self, piece: _Piece) -> int:
         buffer = self._free.get()
         try:
-            room = buffer.room(piece.shape)
-            piece.file.read(piece.tensor, piece.rows, piece.columns, room.numpy())
-            values = room.view(-1).view(CHECKPOINT_DTYPES[piece.tensor.dtype]).view(piece.destination.shape)
-            self._send(values, piece.destination, buffer)
+            piece.file.read(piece.tensor, piece.rows, piece.columns, buffer.room(piece.shape))
+            buffer.send(CHECKPOINT_DTYPES[piece.tensor.dtype], piece.destination)
         except NotSafetensors as error:
             raise cut_short(piece.file.path, error) from None
         finally:
             self._free.put(buffer)
         return piece.destination.nbytes
-
-    def _send(self, values: Tensor, destination: Tensor, buffer: _Buffer) -> None:
-        if buffer.sent is None:
-            destination.copy_(values)
-            return
-        with torch.cuda.stream(self._stream):
-            if values.dtype != destination.dtype:  # by the device: `copy_` would have the host cast, and wait for it
-                values = values.to(self._device, non_blocking=True)
-            destination.copy_(values, non_blocking=True)
-            buffer.sent.record()
 
 
 def _fill_random(slices: list[WeightSlice], seed: int, device: torch.device) -> int:

@@ -83,8 +83,9 @@ class SafetensorsFile:
         end = begin + math.prod(shape)
         if os.fstat(self._fd).st_size < end:  # touching what is not there would end the process
             raise NotSafetensors(f"it ends before byte {end:,}, within a tensor")
-        with mmap.mmap(self._fd, end - page, prot=mmap.PROT_READ, offset=page) as mapped:
-            mapped.madvise(mmap.MADV_WILLNEED)  # what is not in the page cache comes in one go, not a fault at a time
+        os.posix_fadvise(self._fd, page, end - page, os.POSIX_FADV_WILLNEED)  # what the page cache lacks comes in one go,
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # and all of it is mapped in one go, not a fault at a time
+        with mmap.mmap(self._fd, end - page, flags, mmap.PROT_READ, offset=page) as mapped:
             whole = np.frombuffer(mapped, np.uint8, offset=begin - page).reshape(shape)
             np.copyto(into, whole[:, columns])
             del whole  # a mapping with a view of it cannot be closed
