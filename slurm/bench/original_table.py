@@ -8,9 +8,9 @@ with our kernels, and what four GPUs are predicted to give; one request alone, 1
 Each configuration is one `python -m batchinfer bench`, kept as JSON in the folder: what is there is not run again. The design
 names absolute figures of other machines, so ratios to Hugging Face on one GPU are what can be compared.
 
-The prediction: the floor of `bench` for four ranks, from the ceilings that the run on two measured, plus what that run took
-beyond its own floor, as launches and the host do not get faster with more ranks. All-reduces are taken as 3/2 as long: of n ranks
-in a ring each sends 2 (n - 1) / n times the message. Where the tier has four GPUs, they are measured instead.
+The prediction: what two ranks took, less what four save by the planner's costs (`batchinfer/prediction.py`); so what it does
+not count, launches and a host that is slower than the device, does not shrink. Where the tier has four GPUs, they are measured
+instead. On GPUs that the planner does not know, and on CPUs, the table ends with two.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from batchinfer.bench.floor import floor, work_of
+from batchinfer import prediction
 from batchinfer.bench.points import Point, measure
 from batchinfer.bench.results import NAIVE, OURS
-from batchinfer.bench.workloads import load_workloads
 from batchinfer.compose import compose
 from batchinfer.config import Config, ConfigError
 from batchinfer.job.plan import resolved
-from batchinfer.memory import max_model_len
 from batchinfer.model.config import load_shape
-from batchinfer.roofline import Ceilings, Cost
+from batchinfer.prediction import Demand
+from batchinfer.roofline import Work
 
 PLAIN = ("engine.attention_backend=reference", "engine=eager")
 # Tokens/s and ms to the first token that the design claims: Llama 2 7B on RTX 4090s, and on A100s for four.
@@ -81,27 +80,34 @@ def seen_of(name: str, point: Point) -> Seen | None:
 
 def predict(point: Point, config: Config) -> Seen | None:
     """Of MORE ranks, from a point of RANKS. None where that failed."""
-    if point.found is None or point.found["ceilings"] is None:
+    if point.found is None:
         return None
-    shape = load_shape(config.model)
-    (workload,) = load_workloads(config.bench, config.seed, shape.vocab_size, max_model_len(config.model, shape))
-    ceilings = Ceilings.from_dict(point.found["ceilings"])
-    slower = ((MORE - 1) / MORE) / ((RANKS - 1) / RANKS)
-    there = replace(ceilings, all_reduce=tuple((size, slower * seconds) for size, seconds in ceilings.all_reduce))
-    costs = (Cost.of(shape, config.model.dtype, ranks) for ranks in (RANKS, MORE))
-    work, kv_tokens = work_of(workload.requests), point.found["kv_tokens"]
-    now, then = (floor(work, cost, rates, kv_tokens) for cost, rates in zip(costs, (ceilings, there), strict=True))
-    own = point.found["workloads"]["custom"][OURS]
-    seconds = then.sequential_s + own["seconds"] - now.sequential_s
-    first_s = then.first_token_s + own["first_token_s"] - now.first_token_s
-    return Seen(workload.tokens_out / seconds, 1e3 * first_s)
+    workload = point.found["workloads"]["custom"]
+    own, prompt, output = workload[OURS], workload["tokens_in"], workload["tokens_out"]
+    seconds = own["seconds"] - saved_s(config, prompt, output)
+    return Seen(output / seconds, 1e3 * (own["first_token_s"] - saved_s(config, prompt, 1)))
+
+
+def predictable(config: Config) -> bool:
+    return prediction.unpredictable(load_shape(config.model), config.model.dtype, config.hw, config.engine) is None
+
+
+def saved_s(config: Config, prompt: int, output: int) -> float:
+    """By MORE ranks in place of RANKS, on one request."""
+    shape, demand = load_shape(config.model), Demand(Work(0, (prompt,), (output,)), 1)
+    fewer, more = (
+        prediction.predict(shape, config.model.dtype, tier, config.engine, prompt + output, demand, 1).seconds
+        for tier in (replace(config.hw, gpus_per_node=ranks, tensor_parallel=ranks) for ranks in (RANKS, MORE))
+    )
+    return fewer - more
 
 
 def table(seen: dict[str, Seen | None], predicted: Sequence[str]) -> Iterator[str]:
     yield "| | design: tok/s | first token | times HF | here: tok/s | first token | times HF | first token, HF's over this |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     base = seen["hf"]
-    for name, (tokens_s, first_ms) in CLAIMS.items():
+    for name in seen:
+        tokens_s, first_ms = CLAIMS[name]
         claim = [f"{tokens_s}", f"{first_ms} ms", f"{tokens_s / CLAIMS['hf'][0]:.2f}"]
         label = f"{NAMES[name]}{' (predicted)' if name in predicted else ''}"
         yield f"| {' | '.join([label, *claim, *_cells(seen[name], base)])} |"
@@ -140,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         points = run_all(asked)
         seen = {name: seen_of(name, point) for name, point in points.items()}
-        predicted = [name for name in CLAIMS if name not in points]
-        for name in predicted:
-            config = resolved(compose([f"hw.tensor_parallel={RANKS}", *settings(asked)]))
-            seen[name] = predict(points[name.removesuffix(str(MORE))], config)
+        config = resolved(compose([f"hw.tensor_parallel={RANKS}", *settings(asked)]))
+        predicted = [name for name in CLAIMS if name not in points] if predictable(config) else []
+        seen |= {name: predict(points[name.removesuffix(str(MORE))], config) for name in predicted}
     except ConfigError as error:
         print(f"original_table: {error}", file=sys.stderr)
         return 2
