@@ -153,7 +153,7 @@ def plan_attention(
     shape: AttentionShape,
     capacity: PlanCapacity | None = None,
 ) -> AttentionPlan:
-    """The plan of a batch as `ops.paged_attention` takes it, made from its index arrays on the host.
+    """The plan of a batch as `reference.paged_attention` takes it, made from its index arrays on the host.
 
     cu_seqlens_q [S + 1], context_lens [S], block_tables [S, B], all int32.
     With a capacity the plan has its sizes, or those of `capacity.without_tiles()` where there are neither chunks nor shared
