@@ -93,15 +93,19 @@ def test_two_ranks_equal_one(tmp_path: Path, overlap: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kv_heads", "vocab_size", "tied"),
+    ("sizes", "heads", "kv_heads", "vocab_size", "tied"),
     [
-        ((2, 4), 2, 131, False),  # one KV head for each of two ranks, or for two of four; 66 and 65 rows, or 33, 33, 33 and 32
-        ((4,), 1, 129, True),  # one KV head for all; the last rank has 30 rows where the others have 33
+        ((2, 4), 4, 2, 131, False),  # one KV head for each of two ranks, or for two of four; 66 and 65 rows, or 33, 33, 33 and 32
+        ((4,), 4, 1, 129, True),  # one KV head for all; the last rank has 30 rows where the others have 33
+        pytest.param((8,), 8, 2, 133, False, marks=pytest.mark.slow),  # a query head each, a KV head for four
     ],
 )
-def test_ranks_equal_one_in_float32(tmp_path: Path, sizes: tuple[int, ...], kv_heads: int, vocab_size: int, tied: bool) -> None:
+def test_ranks_equal_one_in_float32(
+    tmp_path: Path, sizes: tuple[int, ...], heads: int, kv_heads: int, vocab_size: int, tied: bool
+) -> None:
     """With every rank holding the same bits in every step."""
-    save_checkpoint(tmp_path, num_key_value_heads=kv_heads, vocab_size=vocab_size, tie_word_embeddings=tied, dtype=torch.float32)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
+    save_checkpoint(tmp_path, **shape, tie_word_embeddings=tied, dtype=torch.float32)
     plain = config_for(tmp_path, dtype="float32", overlap=True)
     config = replace(plain, engine=replace(plain.engine, check_ranks=True))
     one = told_by_one(plain)
