@@ -142,7 +142,7 @@ def plot(model: str, measured: Measured, file: Path) -> None:
         _lines(row[column], metric, {place: found for place, found in points.items() if place.gpus == count}, pyplot)
     for row, label in zip(grid, METRICS.values(), strict=True):
         row[0].set_ylabel(label)
-        row[0].set_ylim(bottom=0)  # when all lines of the row are there: it ends the choice of the upper end
+        row[0].set_ylim(0, 1.08 * max(axes.dataLim.y1 for axes in row))  # the highest point is not cut by the frame
     for axes, count in zip(grid[0], gpus, strict=True):
         axes.set_title(f"{count} GPU{'s' if count > 1 else ''}")
     for axes in grid[-1]:
